@@ -1,0 +1,244 @@
+"""What a store holds, as values: entries, directories, versions, collections, runs. No I/O.
+
+Entries are msgspec structs because a page of thousands of them is decoded in one call; their field order is the stored
+form of a page (``docs/format.md``). ``Version``, ``Collection`` and ``Run`` are stored as JSON objects with these keys;
+unknown keys are ignored when reading and a missing one takes its default.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import msgspec
+
+BLOCK = 1 << 20
+"""Bytes in a block: the unit of fetching, caching and checking (design, section 1)."""
+
+BLAKE3 = "BLAKE3"
+MD5 = "MD5"
+XXH128 = "XXH128"
+ALGORITHMS = (BLAKE3, MD5, XXH128)
+
+OBJECT_BLOB = b"b"
+OBJECT_PACK = b"p"
+
+
+class Extent(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """``length`` bytes at ``offset`` of a stored object. ``object`` is a kind byte (``b`` blob, ``p`` pack) and an id."""
+
+    object: bytes
+    offset: int
+    length: int
+
+
+class File(msgspec.Struct, frozen=True, array_like=True, tag=0, gc=False):
+    """Stored content. ``id`` is its content id (32 bytes); ``extents`` hold its bytes in order (none for an empty file).
+
+    ``blocks`` locates the list of block digests of a content larger than one block, else None. ``algorithm`` and
+    ``checksum`` are set when the user-visible digest is not BLAKE3: then ``checksum`` is base64 of MD5 or XXH128.
+    """
+
+    name: str
+    size: int
+    executable: bool
+    id: bytes
+    extents: tuple[Extent, ...] = ()
+    blocks: Extent | None = None
+    algorithm: str = BLAKE3
+    checksum: str = ""
+
+    @property
+    def digest(self) -> str:
+        """The checksum users see, base64."""
+        return self.checksum or base64.b64encode(self.id).decode()
+
+
+class Page(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Where a page of entries lies, and its id: the BLAKE3 of its bytes."""
+
+    id: bytes
+    extent: Extent
+
+
+class Dir(msgspec.Struct, frozen=True, array_like=True, tag=1, gc=False):
+    """A directory. ``digest`` is over what its entries are; ``page`` is its root page, None when it is empty.
+
+    ``count`` is the number of its own entries; ``size`` and ``files`` are the totals of everything below it (files and
+    references, as W&B counts), ``links`` the number of references below it.
+    """
+
+    name: str
+    digest: bytes
+    page: Page | None
+    count: int
+    size: int
+    files: int
+    links: int
+
+
+class Symlink(msgspec.Struct, frozen=True, array_like=True, tag=2, gc=False):
+    """A symbolic link; ``target`` as ``readlink`` gives it, never followed by artifactfs itself."""
+
+    name: str
+    target: str
+
+
+class Ref(msgspec.Struct, frozen=True, array_like=True, tag=3, gc=False):
+    """A reference to an outside URI. ``digest`` is an ETag, a checksum or the URI itself, as ``artifact-model`` says.
+
+    ``extra`` holds ``etag`` and ``versionID`` as W&B does. ``id`` and ``blocks`` are set where the content was read when
+    it was added (``file://``), so that every block can be checked; else ``b""`` and None. ``size`` -1 is unknown.
+    """
+
+    name: str
+    uri: str
+    digest: str
+    size: int
+    executable: bool = False
+    extra: dict[str, str | int] = {}
+    id: bytes = b""
+    blocks: Extent | None = None
+    algorithm: str = MD5
+
+
+Entry: TypeAlias = File | Dir | Symlink | Ref
+
+EMPTY_DIGEST = bytes.fromhex("0" * 64)
+"""Placeholder until :mod:`artifactfs.tree` computes it; never stored."""
+
+
+class Version(msgspec.Struct, frozen=True, kw_only=True):
+    """One version of a collection, as ``versions/<number>.json`` holds it.
+
+    ``root`` is its tree. ``commit`` is the id of the attempt that made it, so that a repeated attempt recognises its own.
+    Only ``state``, ``description``, ``metadata``, ``tags``, ``ttl``, ``updated_at`` and ``deleted_at`` ever change.
+    Times are ISO 8601 UTC with microseconds and a ``Z``; ``ttl`` is seconds, None for none.
+    """
+
+    entity: str
+    project: str
+    collection: str
+    number: int
+    type: str
+    digest: str
+    algorithm: str = BLAKE3
+    root: Dir
+    size: int
+    file_count: int
+    state: Literal["COMMITTED", "DELETED"] = "COMMITTED"
+    description: str | None = None
+    metadata: dict[str, Any] = {}
+    tags: list[str] = []
+    ttl: int | None = None
+    run: str = ""
+    commit: str
+    base: int | None = None
+    created_at: str
+    updated_at: str
+    deleted_at: str = ""
+
+    @property
+    def name(self) -> str:
+        """``v12``."""
+        return f"v{self.number}"
+
+    @property
+    def qualified_name(self) -> str:
+        """``entity/project/collection:v12``."""
+        return f"{self.entity}/{self.project}/{self.collection}:{self.name}"
+
+
+class Collection(msgspec.Struct, frozen=True, kw_only=True):
+    """One collection, as ``collection.json`` holds it; ``aliases`` maps each alias to a version number."""
+
+    entity: str
+    project: str
+    name: str
+    type: str
+    description: str | None = None
+    tags: list[str] = []
+    aliases: dict[str, int] = {}
+    created_at: str
+    updated_at: str
+
+    @property
+    def path(self) -> str:
+        """``entity/project/name``."""
+        return f"{self.entity}/{self.project}/{self.name}"
+
+
+class Run(msgspec.Struct, frozen=True, kw_only=True):
+    """One run, as ``runs/<entity>/<project>/<id>.json`` holds it. ``used`` and ``logged`` are qualified names."""
+
+    entity: str
+    project: str
+    id: str
+    name: str = ""
+    job_type: str = ""
+    config: dict[str, Any] = {}
+    used: list[str] = []
+    logged: list[str] = []
+    created_at: str
+    updated_at: str
+
+    @property
+    def path(self) -> str:
+        """``entity/project/id``."""
+        return f"{self.entity}/{self.project}/{self.id}"
+
+
+def is_executable(mode: int) -> bool:
+    """Whether a stored file of this ``st_mode`` keeps an executable bit: the owner's, as git decides it."""
+    return bool(mode & 0o100)
+
+
+def named(entry: Entry, name: str) -> Entry:
+    """``entry`` under another name."""
+    return entry if entry.name == name else msgspec.structs.replace(entry, name=name)
+
+
+def block_count(size: int) -> int:
+    """The number of blocks of ``size`` bytes."""
+    return -(-size // BLOCK)
+
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*):")
+
+
+def scheme_of(uri: str) -> str:
+    """The URI's scheme in lower case, "" if it has none."""
+    match = _SCHEME.match(uri)
+    return match[1].lower() if match else ""
+
+
+def reference_key(ref: Ref) -> bytes:
+    """What identifies the pinned bytes of a reference besides its content: URI, digest, version id and ETag."""
+    pinned: Mapping[str, str | int] = ref.extra
+    return msgspec.msgpack.encode((ref.uri, ref.digest, sorted(pinned.items())))
+
+
+class Attributes(NamedTuple):
+    """What ``stat`` shows of a node of a file tree. ``mode`` includes the file type; times are ns since the epoch."""
+
+    mode: int
+    ino: int
+    nlink: int
+    uid: int
+    gid: int
+    size: int
+    blocks: int
+    atime: int
+    mtime: int
+    ctime: int
+
+
+class Space(NamedTuple):
+    """What ``statfs`` shows of a file tree: bytes and files, in total and free."""
+
+    total: int
+    free: int
+    files: int
+    files_free: int

@@ -1,0 +1,85 @@
+"""Stores: where versions live. The protocol every kind of store answers, and ``open_store(url)``.
+
+Reading (``version``, ``tree``, ``open_blocks``) and the catalog are here; making a version is ``publish.py``'s alone, which drives
+the ``writer`` of a store. Every method may raise the errors of ``errors.py`` and may be called from any thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from artifactfs.model import Collection, File, Run, Version
+from artifactfs.names import ArtifactName
+from artifactfs.references import Source
+from artifactfs.tree import Tree
+
+
+class LocalContent(Protocol):
+    """A stored content whose bytes lie on a local disk, so that no cache is needed. Threads may share it."""
+
+    def read(self, offset: int, size: int) -> bytes:
+        """``size`` bytes from ``offset``, fewer only at the end. A block that fails its check is an IntegrityError."""
+
+    def close(self) -> None: ...
+
+
+class Store(Protocol):
+    """One store. ``url`` has no secrets in it."""
+
+    url: str
+    tree: Tree
+    """Looks up, lists, walks and compares the directories of this store's versions."""
+
+    def entities(self) -> list[str]:
+        """The entities that have collections, sorted."""
+
+    def projects(self, entity: str) -> list[str]:
+        """The projects of ``entity`` that have collections, sorted; empty if it has none."""
+
+    def collections(self, entity: str, project: str) -> list[Collection]:
+        """The collections of a project, sorted by name; empty if it has none."""
+
+    def collection(self, name: ArtifactName) -> Collection:
+        """The collection of ``name`` (its alias is ignored). NotFoundError."""
+
+    def versions(self, name: ArtifactName, deleted: bool = False) -> list[Version]:
+        """The committed versions of a collection in order of number; with ``deleted`` those marked deleted too. NotFoundError."""
+
+    def version(self, name: ArtifactName) -> Version:
+        """The version that ``name``'s alias (``v3``, ``best``; none means ``latest``) names. NotFoundError says which part is
+        missing, and for a deleted version that it was deleted."""
+
+    def local_content(self, file: File) -> LocalContent | None:
+        """The content of ``file`` read from local disk with every block checked, or None if this store is not local."""
+
+    def source(self, file: File) -> Source:
+        """The content of ``file`` as a source for the block cache; its key is the content id."""
+
+    def block_list(self, file: File) -> bytes:
+        """The checked block list of ``file`` (its content id alone for at most one block). IntegrityError."""
+
+    def update_collection(self, name: ArtifactName, change: Callable[[Collection], Collection]) -> Collection:
+        """Apply ``change`` atomically: it is called again with the newest state if another write came first."""
+
+    def update_version(self, name: ArtifactName, change: Callable[[Version], Version]) -> Version:
+        """Apply ``change`` to a version's changeable fields atomically, as above. The alias must be ``v<n>`` or an alias."""
+
+    def delete_version(self, name: ArtifactName, delete_aliases: bool = False) -> Version:
+        """Mark a version deleted. ConflictError if it has aliases besides ``latest`` and ``delete_aliases`` is False.
+        ``latest`` moves to the highest version left, or goes."""
+
+    def mark_used(self, version: Version, run: Run) -> None:
+        """Record that ``run`` used ``version``. Idempotent."""
+
+    def used_by(self, version: Version) -> list[Run]:
+        """The runs that used ``version``, in order of their ids."""
+
+    def run(self, entity: str, project: str, id: str) -> Run:
+        """NotFoundError if there is none."""
+
+    def runs(self, entity: str, project: str) -> list[Run]:
+        """The runs of a project by creation time."""
+
+    def save_run(self, run: Run) -> None:
+        """Create or replace a run; ``used`` and ``logged`` of a stored one are kept and merged."""
