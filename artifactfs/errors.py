@@ -30,13 +30,13 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class ArtifactFSError(Exception):
     """The base of the tree. ``str(error)`` is one line that says what happened, to what, and what to do."""
 
-    errno: ClassVar[int] = errno.EIO
+    errno: Any = errno.EIO  # an int; Any because OSError, which WaitTimeoutError also is, declares it otherwise
     exit_code: ClassVar[int] = 1
 
 

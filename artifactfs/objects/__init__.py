@@ -69,7 +69,7 @@ class ObjectStore(Protocol):
         A client's own retry must not turn a success into a loss: bytes that contain a unique stamp are read back first.
         """
 
-    def list(self, prefix: str, after: str = "") -> Iterator[ObjectInfo]:
+    def scan(self, prefix: str, after: str = "") -> Iterator[ObjectInfo]:
         """The objects whose key starts with ``prefix`` (ends with ``/``) and sorts after ``after``, in any order."""
 
     def folders(self, prefix: str) -> list[str]:
