@@ -65,13 +65,9 @@ def parse(text: str, entity: str = "", project: str = "") -> ArtifactName:
     if colon:
         check_alias(alias)
     if not entity:
-        raise InvalidNameError(
-            f"name {text!r} has no entity; write entity/project/{collection} or set ARTIFACTFS_ENTITY"
-        )
+        raise InvalidNameError(f"name {text!r} has no entity; write entity/project/{collection} or set ARTIFACTFS_ENTITY")
     if not project:
-        raise InvalidNameError(
-            f"name {text!r} has no project; write entity/project/{collection} or set ARTIFACTFS_PROJECT"
-        )
+        raise InvalidNameError(f"name {text!r} has no project; write entity/project/{collection} or set ARTIFACTFS_PROJECT")
     return ArtifactName(check_entity(entity), check_project(project), collection, alias)
 
 
@@ -96,9 +92,7 @@ def check_collection(name: str) -> str:
             f"artifact name {name!r} may only contain letters, digits, dashes, underscores and dots (and not be . or ..)"
         )
     if len(name) > MAX_NAME:
-        raise InvalidNameError(
-            f"artifact name {name[:20]!r}… is {len(name)} characters long; at most {MAX_NAME} are allowed"
-        )
+        raise InvalidNameError(f"artifact name {name[:20]!r}… is {len(name)} characters long; at most {MAX_NAME} are allowed")
     return name
 
 
@@ -127,9 +121,7 @@ def check_type(artifact_type: str, name: str = "") -> str:
     ``run_table`` for ``run-…``; ``code`` for ``source-…``).
     """
     if not artifact_type or len(artifact_type) > MAX_NAME or not artifact_type.isprintable():
-        raise InvalidNameError(
-            f"artifact type {artifact_type[:40]!r} must be 1 to {MAX_NAME} printable characters long"
-        )
+        raise InvalidNameError(f"artifact type {artifact_type[:40]!r} must be 1 to {MAX_NAME} printable characters long")
     if "/" in artifact_type or ":" in artifact_type:
         raise InvalidNameError(f"artifact type {artifact_type!r} may not contain / or :")
     reserved = (
@@ -189,9 +181,7 @@ def entry_path(path: str) -> str:
     valid UTF-8 raise. Backslashes and newlines are legal characters.
     """
     if path.startswith("/") or re.match(r"[A-Za-z]:[\\/]", path):
-        raise InvalidNameError(
-            f"Invalid artifact path: {path!r} is absolute; use a path relative to the artifact's root"
-        )
+        raise InvalidNameError(f"Invalid artifact path: {path!r} is absolute; use a path relative to the artifact's root")
     parts = [part for part in path.split("/") if part not in ("", ".")]
     if not parts:
         raise InvalidNameError(f"Invalid artifact path: {path!r} names nothing")
@@ -204,9 +194,7 @@ def check_part(part: str, path: str = "") -> str:
     """``part``, if it can be one component of an entry's path; ``path`` is for the message."""
     shown = path or part
     if part in ("", ".", "..") or "/" in part:
-        raise InvalidNameError(
-            f"Invalid artifact path: {shown!r} has a part {part!r}; it may not leave the artifact's root"
-        )
+        raise InvalidNameError(f"Invalid artifact path: {shown!r} has a part {part!r}; it may not leave the artifact's root")
     if "\0" in part:
         raise InvalidNameError(f"Invalid artifact path: {shown!r} contains a NUL byte")
     try:

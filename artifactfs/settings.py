@@ -75,9 +75,7 @@ def parse_size(text: str, what: str = "size") -> int:
     """Bytes for ``10GiB``, ``10G`` (10**9), ``500 MB``, ``1024``. UsageError otherwise."""
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?i?)b?\s*", text.lower())
     if not match or match[2] not in _UNITS:
-        raise UsageError(
-            f"{what} {text!r} is not a size; write bytes, or a number with KiB, MiB, GiB, TiB, kB, MB, GB or TB"
-        )
+        raise UsageError(f"{what} {text!r} is not a size; write bytes, or a number with KiB, MiB, GiB, TiB, kB, MB, GB or TB")
     return int(float(match[1]) * _UNITS[match[2]])
 
 
