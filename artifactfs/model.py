@@ -38,7 +38,9 @@ class File(msgspec.Struct, frozen=True, array_like=True, tag=0, gc=False):
     """Stored content. ``id`` is its content id (32 bytes); ``extents`` hold its bytes in order (none for an empty file).
 
     ``blocks`` locates the list of block digests of a content larger than one block, else None. ``algorithm`` and
-    ``checksum`` are set when the user-visible digest is not BLAKE3: then ``checksum`` is base64 of MD5 or XXH128.
+    ``checksum`` are set when the user-visible digest is not BLAKE3: then ``checksum`` is base64 of MD5 or XXH128. A content in
+    more than one extent has them in a list of its own, which ``table`` locates, so that an entry's size is bounded. Every extent
+    but the last is a whole number of blocks.
     """
 
     name: str
@@ -49,6 +51,7 @@ class File(msgspec.Struct, frozen=True, array_like=True, tag=0, gc=False):
     blocks: Extent | None = None
     algorithm: str = BLAKE3
     checksum: str = ""
+    table: Extent | None = None
 
     @property
     def digest(self) -> str:

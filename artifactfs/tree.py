@@ -1,35 +1,501 @@
-"""Trees are pages: build, look up, list, walk, diff. SKELETON: signatures are settled, bodies are being written."""
+"""Trees are pages: build, look up, list, walk, diff.
+
+A directory's entries, sorted by name (code points, which is the order of their UTF-8 bytes), are cut into leaf pages; the leaf
+pages of a big directory are listed by index pages, those by further ones, up to one root page. A page ends after an entry whose
+name's hash says so, or when it is heavy; both depend on nothing but what the entries *are*, so the same directory has the same
+pages whatever its history. The stored form of a page is ``docs/format.md``, section "Pages".
+
+Beside its id (the BLAKE3 of its bytes) each page has a digest over what its entries are: kind, name, and for a file the
+executable bit and content id; a reference its URI, digest and pins; a symlink its target; a directory its digest. Locations do
+not count. A directory's digest is its root page's.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+import threading
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from artifactfs.model import Dir, Entry, Page
+import msgspec
+import xxhash
+from blake3 import blake3
+from cachetools import LRUCache
+
+from artifactfs.errors import IntegrityError
+from artifactfs.model import Dir, Entry, File, Page, Ref, Symlink, named
+
+DIGEST_CONTEXT = "artifactfs 2026-11 directory digest v1"
+PAGE_VERSION = 1
+MAX_PAGE_BYTES = 4 << 20
+"""No page of ours is near it (:data:`_MAX_WEIGHT`); a page that claims more is refused before it is read."""
+
+_CUT = 2048
+"""One name in so many ends a page: a look-up decodes about a millisecond's worth, a commit of one file rewrites 200 KB."""
+_MAX_WEIGHT = 960 << 10
+_BASE_WEIGHT = 224
+_MAX_LEVEL = 8
+MAX_ENTRY_WEIGHT = 64 << 10
+"""Bytes of name, symlink target or reference that an entry may have in all."""
+
+StorePage = Callable[[bytes], Page]
+
+
+class Child(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A page as its index page lists it: its first name, its digest and location, and the totals of what is below it."""
+
+    first: str
+    digest: bytes
+    page: Page
+    count: int
+    size: int
+    files: int
+    links: int
+
+
+class _Leaf(msgspec.Struct, frozen=True, array_like=True, tag=0):
+    version: int
+    entries: list[Entry]
+
+
+class _Index(msgspec.Struct, frozen=True, array_like=True, tag=1):
+    version: int
+    level: int
+    children: list[Child]
+
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(_Leaf | _Index).decode
+
+
+class _Names:
+    """A decoded page with its names for bisection."""
+
+    __slots__ = ("items", "level", "names")
+
+    def __init__(self, level: int, items: Sequence[Entry] | Sequence[Child], names: list[str]) -> None:
+        self.level = level
+        self.items = items
+        self.names = names
 
 
 class Tree:
     """Reads the directories of stored versions. ``load`` gives a page's bytes, checked against its id. Threads may share it."""
 
     def __init__(self, load: Callable[[Page], bytes], cache_bytes: int = 64 << 20) -> None:
+        """``cache_bytes`` bounds the decoded pages that are kept for the next look-up, by :func:`_cost`."""
         self._load = load
+        self._lock = threading.Lock()
+        self._pages: LRUCache[bytes, _Names] = LRUCache(cache_bytes, getsizeof=_cost)
 
     def lookup(self, directory: Dir, name: str) -> Entry | None:
         """The entry of that name, or None. Reads one page a level of the directory's index."""
-        raise AssertionError
+        page = directory.page
+        level = _MAX_LEVEL
+        while page is not None:
+            decoded = self._page(page, level)
+            if decoded.level == 0:
+                at = bisect_left(decoded.names, name)
+                found = at < len(decoded.names) and decoded.names[at] == name
+                return decoded.items[at] if found else None  # type: ignore[return-value]  # level 0 holds entries
+            at = max(bisect_right(decoded.names, name) - 1, 0)
+            level = decoded.level - 1
+            page = decoded.items[at].page  # type: ignore[union-attr]
+        return None
 
     def entries(self, directory: Dir, after: str = "") -> Iterator[Entry]:
         """The entries whose name sorts after ``after``, in ascending order of the names' UTF-8 bytes."""
-        raise AssertionError
+        for child in self.children(directory, after):
+            yield from self._entries(child.page, after)
+
+    def children(self, directory: Dir, after: str = "") -> Iterator[Child]:
+        """The leaf pages of ``directory`` that can hold names after ``after``, in order."""
+        if directory.page is not None:
+            whole = _whole(directory)
+            yield from self._leaves(whole, after, _MAX_LEVEL)
 
     def resolve(self, root: Dir, path: str) -> Entry | None:
         """The entry at a canonical relative path ("" is the root itself); symlinks are not followed. None if there is none."""
-        raise AssertionError
+        entry: Entry | None = root
+        for part in path.split("/") if path else ():
+            if not isinstance(entry, Dir):
+                return None
+            entry = self.lookup(entry, part)
+        return entry
 
     def walk(self, root: Dir) -> Iterator[tuple[str, Entry]]:
         """(relative path, entry) of everything below ``root``, a directory before its contents, in walk order."""
-        raise AssertionError
+        stack: list[tuple[str, Iterator[Entry]]] = [("", self.entries(root))]
+        while stack:
+            prefix, entries = stack[-1]
+            entry = next(entries, None)
+            if entry is None:
+                stack.pop()
+                continue
+            path = prefix + entry.name
+            yield path, entry
+            if isinstance(entry, Dir):
+                stack.append((path + "/", self.entries(entry)))
 
     def diff(self, old: Dir, new: Dir) -> Iterator[tuple[str, Entry | None, Entry | None]]:
         """(path, old entry, new entry) wherever they differ, reading only pages that do. A directory that exists on one side
         only is followed by everything below it; one on both sides appears only through what differs in it."""
-        raise AssertionError
+        stack = [("", self._pairs(old, new))]
+        while stack:
+            prefix, pairs = stack[-1]
+            pair = next(pairs, None)
+            if pair is None:
+                stack.pop()
+                continue
+            before, after = pair
+            name = (before or after).name  # type: ignore[union-attr]  # one of them is there
+            old_dir, new_dir = isinstance(before, Dir), isinstance(after, Dir)
+            if not (old_dir and new_dir):
+                yield prefix + name, before, after
+            if old_dir or new_dir:
+                below = self._pairs(before if old_dir else _EMPTY, after if new_dir else _EMPTY)  # type: ignore[arg-type]
+                stack.append((f"{prefix}{name}/", below))
+
+    def pages(self, root: Dir, seen: set[bytes]) -> Iterator[tuple[Page, Sequence[Entry]]]:
+        """Every page at and below ``root`` whose id is not in ``seen``, to which it is added; with a leaf's entries."""
+        stack = [(root.page, _MAX_LEVEL)]
+        while stack:
+            page, level = stack.pop()
+            if page is None or page.id in seen:
+                continue
+            seen.add(page.id)
+            decoded = self._read(page, level)
+            if decoded.level:
+                yield page, ()
+                stack.extend((child.page, decoded.level - 1) for child in reversed(decoded.items))  # type: ignore[union-attr]
+            else:
+                yield page, decoded.items  # type: ignore[misc]
+                directories = [entry for entry in decoded.items if isinstance(entry, Dir)]
+                stack.extend((entry.page, _MAX_LEVEL) for entry in reversed(directories))
+
+    def update(self, base: Dir | None, changes: Iterable[tuple[str, Entry | None]], store_page: StorePage) -> Dir:
+        """``base`` with ``changes`` (ascending names; None deletes, absent or not) as a directory named "".
+
+        Pages that the changes do not touch are kept, not stored again; ``store_page`` is given the bytes of new ones.
+        """
+        update = DirUpdate(self, base, store_page)
+        for name, entry in changes:
+            update.change(name, entry)
+        return update.finish()
+
+    def leaf(self, child: Child) -> Sequence[Entry]:
+        """The entries of one leaf page that :meth:`children` gave."""
+        return self._page(child.page, 0).items  # type: ignore[return-value]
+
+    def index_pages(self, directory: Dir) -> Iterator[Page]:
+        """The index pages of ``directory``; none if it has one page."""
+        pending = [directory.page] if directory.page else []
+        while pending:
+            page = pending.pop()
+            decoded = self._page(page, _MAX_LEVEL)
+            if decoded.level:
+                yield page
+            if decoded.level > 1:
+                pending.extend(child.page for child in decoded.items)  # type: ignore[misc, union-attr]
+
+    def _pairs(self, old: Dir, new: Dir) -> Iterator[tuple[Entry | None, Entry | None]]:
+        """The entries of two directories that are not equal, by name."""
+        if old.digest == new.digest:
+            return
+        ours, theirs = list(self.children(old)), list(self.children(new))
+        common = {child.digest for child in ours} & {child.digest for child in theirs}
+        left = self._entries_of(ours, common)
+        right = self._entries_of(theirs, common)
+        before, after = next(left, None), next(right, None)
+        while before is not None or after is not None:
+            if after is None or (before is not None and before.name < after.name):
+                yield before, None
+                before = next(left, None)
+            elif before is None or after.name < before.name:
+                yield None, after
+                after = next(right, None)
+            else:
+                if identity(before) != identity(after):
+                    yield before, after
+                before, after = next(left, None), next(right, None)
+
+    def _entries_of(self, children: list[Child], without: set[bytes]) -> Iterator[Entry]:
+        for child in children:
+            if child.digest not in without:
+                yield from self._entries(child.page, "")
+
+    def _entries(self, page: Page, after: str) -> Iterator[Entry]:
+        decoded = self._page(page, 0)
+        yield from decoded.items[bisect_right(decoded.names, after) if after else 0 :]  # type: ignore[misc]
+
+    def _leaves(self, child: Child, after: str, level: int) -> Iterator[Child]:
+        decoded = self._page(child.page, level)
+        if decoded.level == 0:
+            yield child
+            return
+        start = max(bisect_right(decoded.names, after) - 1, 0)
+        for below in decoded.items[start:]:
+            if decoded.level == 1:
+                yield below  # type: ignore[misc]
+            else:
+                yield from self._leaves(below, after, decoded.level - 1)  # type: ignore[arg-type]
+
+    def _page(self, page: Page, level: int) -> _Names:
+        """The page, decoded and checked; ``level`` is the highest it may have."""
+        with self._lock:
+            decoded = self._pages.get(page.id)
+        if decoded is None:
+            decoded = self._read(page, level)
+            with self._lock:
+                if _cost(decoded) <= self._pages.maxsize:
+                    self._pages[page.id] = decoded
+        if decoded.level > level:
+            raise IntegrityError(f"page {page.id.hex()} is an index where a page of entries must be")
+        return decoded
+
+    def _read(self, page: Page, level: int) -> _Names:
+        if not 0 < page.extent.length <= MAX_PAGE_BYTES:
+            raise IntegrityError(f"page {page.id.hex()} claims {page.extent.length} bytes")
+        return decode_page(self._load(page), page.id.hex())
+
+
+def _cost(page: _Names) -> int:
+    """About the bytes that a decoded page takes (measured: 400 to 450 an entry)."""
+    return 1024 + 450 * len(page.names)
+
+
+def decode_page(data: bytes, where: str) -> _Names:
+    """A page from its bytes; IntegrityError if they are no page, or one whose names could lead anywhere else."""
+    try:
+        page = _decode(data)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise IntegrityError(f"page {where} cannot be decoded: {error}") from None
+    if page.version != PAGE_VERSION:
+        raise IntegrityError(f"page {where} has version {page.version}; this program reads version {PAGE_VERSION}: upgrade it")
+    if isinstance(page, _Index):
+        names = [child.first for child in page.children]
+        if not names or not 0 < page.level <= _MAX_LEVEL or any(a >= b for a, b in itertools.pairwise(names)):
+            raise IntegrityError(f"page {where} is not a valid index")
+        return _Names(page.level, page.children, names)
+    names = [entry.name for entry in page.entries]
+    _check_names(names, where)
+    return _Names(0, page.entries, names)
+
+
+def _check_names(names: list[str], where: str) -> None:
+    """Refuse what cannot be one component of a path, repeats or is out of order."""
+    joined = "/".join(names)
+    bad = joined.count("/") != max(len(names) - 1, 0) or "\0" in joined or not {"", ".", ".."}.isdisjoint(names)
+    if bad or any(a >= b for a, b in itertools.pairwise(names)):
+        raise IntegrityError(f"page {where} has names that are not valid, repeat or are out of order")
+
+
+class DirBuilder:
+    """Cuts a directory's entries into pages as they come, in ascending order of name; memory is one page a level."""
+
+    def __init__(self, store_page: StorePage) -> None:
+        self._store = store_page
+        self._entries: list[Entry] = []
+        self._weight = 0
+        self._last = ""
+        self._index = _IndexBuilder(store_page, 1)
+
+    @property
+    def aligned(self) -> bool:
+        """Whether the next entry starts a page."""
+        return not self._entries
+
+    def add(self, entry: Entry) -> None:
+        """Take the next entry."""
+        if entry.name <= self._last:
+            raise ValueError(f"entry {entry.name!r} comes after {self._last!r}")
+        self._last = entry.name
+        self._entries.append(entry)
+        self._weight += weight(entry)
+        if self._weight >= _MAX_WEIGHT or _ends_page(entry.name, 0):
+            self._cut()
+
+    def keep(self, child: Child) -> None:
+        """Take a whole stored leaf page where :attr:`aligned`."""
+        self._last = child.first
+        self._index.add(child)
+
+    def finish(self) -> Dir:
+        """The directory, named ""."""
+        if self._entries:
+            self._cut()
+        root = self._index.root()
+        if root is None:
+            return _EMPTY
+        return Dir("", root.digest, root.page, root.count, root.size, root.files, root.links)
+
+    def _cut(self) -> None:
+        entries = self._entries
+        totals = [_totals(entry) for entry in entries]
+        size, files, links = (sum(column) for column in zip(*totals, strict=True))
+        page = self._store(_encode(_Leaf(PAGE_VERSION, entries)))
+        self._index.add(Child(entries[0].name, leaf_digest(entries), page, len(entries), size, files, links))
+        self._entries = []
+        self._weight = 0
+
+
+class _IndexBuilder:
+    """The same for the pages of one level: stores them as index pages of ``level`` once there are several."""
+
+    def __init__(self, store_page: StorePage, level: int) -> None:
+        self._store = store_page
+        self._level = level
+        self._children: list[Child] = []
+        self._above: _IndexBuilder | None = None
+
+    def add(self, child: Child) -> None:
+        self._children.append(child)
+        if len(self._children) >= _MAX_WEIGHT // 512 or (len(self._children) > 1 and _ends_page(child.first, self._level)):
+            self._cut()
+
+    def root(self) -> Child | None:
+        if self._above is None and len(self._children) <= 1:
+            return self._children[0] if self._children else None
+        if self._children:
+            self._cut()
+        assert self._above is not None
+        return self._above.root()
+
+    def _cut(self) -> None:
+        children = self._children
+        page = self._store(_encode(_Index(PAGE_VERSION, self._level, children)))
+        if self._above is None:
+            self._above = _IndexBuilder(self._store, self._level + 1)
+        self._above.add(
+            Child(
+                children[0].first,
+                index_digest(self._level, children),
+                page,
+                sum(child.count for child in children),
+                sum(child.size for child in children),
+                sum(child.files for child in children),
+                sum(child.links for child in children),
+            )
+        )
+        self._children = []
+
+
+def identity(entry: Entry) -> tuple[object, ...]:
+    """What the entry is, wherever it lies: equal for entries that no reader can tell apart."""
+    if isinstance(entry, File):
+        return (0, entry.name, entry.executable, entry.id)
+    if isinstance(entry, Dir):
+        return (1, entry.name, entry.digest)
+    if isinstance(entry, Symlink):
+        return (2, entry.name, entry.target)
+    return (3, entry.name, entry.executable, entry.uri, entry.digest, sorted(entry.extra.items()))
+
+
+def leaf_digest(entries: Iterable[Entry]) -> bytes:
+    """The digest of a page of entries."""
+    return _digest([identity(entry) for entry in entries])
+
+
+def index_digest(level: int, children: Iterable[Child]) -> bytes:
+    """The digest of an index page of ``level``."""
+    return _digest((level, [child.digest for child in children]))
+
+
+def weight(entry: Entry) -> int:
+    """What an entry counts towards the size of its page: an upper bound of its stored bytes that no location changes."""
+    size = _BASE_WEIGHT + len(entry.name)
+    if isinstance(entry, Symlink):
+        return size + len(entry.target)
+    if isinstance(entry, Ref):
+        return size + len(entry.uri) + len(entry.digest) + sum(len(key) + len(str(value)) for key, value in entry.extra.items())
+    return size
+
+
+def _digest(value: object) -> bytes:
+    return blake3(_encode(value), derive_key_context=DIGEST_CONTEXT).digest()
+
+
+def _totals(entry: Entry) -> tuple[int, int, int]:
+    """(bytes, files, references) that an entry adds to its directory's totals."""
+    if isinstance(entry, Dir):
+        return entry.size, entry.files, entry.links
+    if isinstance(entry, File):
+        return entry.size, 1, 0
+    if isinstance(entry, Ref):
+        return max(entry.size, 0), 1, 1
+    return 0, 0, 0
+
+
+def _ends_page(name: str, level: int) -> bool:
+    return xxhash.xxh3_64_intdigest(name.encode(), seed=level) % _CUT == 0
+
+
+def _whole(directory: Dir) -> Child:
+    """A directory's root page as an index page would list it."""
+    assert directory.page is not None
+    counts = (directory.count, directory.size, directory.files, directory.links)
+    return Child("", directory.digest, directory.page, *counts)
+
+
+class DirUpdate:
+    """A stored directory with changes, given in ascending order of name, as a new one. See :meth:`Tree.update`."""
+
+    def __init__(self, tree: Tree, base: Dir | None, store_page: StorePage) -> None:
+        self._tree = tree
+        kept = {page.id: page for page in tree.index_pages(base)} if base else {}
+        self._builder = DirBuilder(lambda data: kept.get(blake3(data).digest()) or store_page(data))
+        self._children = list(tree.children(base)) if base else []
+        self._at = 0
+        self._due: list[tuple[str, Entry | None]] = []
+
+    def change(self, name: str, entry: Entry | None) -> None:
+        """``name`` is ``entry`` (whose own name is ignored); None: it is not there, whether it was or not."""
+        while self._at + 1 < len(self._children) and name >= self._children[self._at + 1].first:
+            self._finish_child()
+        self._due.append((name, entry))
+
+    def finish(self) -> Dir:
+        """The directory, named ""."""
+        while self._at < len(self._children):
+            self._finish_child()
+        self._add(_applied((), self._due))
+        return self._builder.finish()
+
+    def _finish_child(self) -> None:
+        child = self._children[self._at]
+        self._at += 1
+        if self._due or not self._builder.aligned:
+            self._add(_applied(self._tree.leaf(child), self._due))
+            self._due = []
+        else:
+            self._builder.keep(child)
+
+    def _add(self, entries: Iterable[Entry]) -> None:
+        for entry in entries:
+            self._builder.add(entry)
+
+
+def _applied(entries: Iterable[Entry], changes: list[tuple[str, Entry | None]]) -> Iterator[Entry]:
+    """``entries`` with ``changes`` applied, both ascending."""
+    pending = iter(changes)
+    change = next(pending, None)
+    for entry in entries:
+        while change is not None and change[0] < entry.name:
+            if change[1] is not None:
+                yield named(change[1], change[0])
+            change = next(pending, None)
+        if change is None or change[0] != entry.name:
+            yield entry
+            continue
+        if change[1] is not None:
+            yield named(change[1], change[0])
+        change = next(pending, None)
+    while change is not None:
+        if change[1] is not None:
+            yield named(change[1], change[0])
+        change = next(pending, None)
+
+
+_EMPTY = Dir("", leaf_digest([]), None, 0, 0, 0, 0)
+EMPTY = _EMPTY
+"""The directory without entries."""

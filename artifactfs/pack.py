@@ -1,0 +1,76 @@
+"""Packs: small contents and pages, back to back in one object of 8 to 32 MiB. Nothing but extents says where one begins.
+
+A pack's id is 16 random bytes, so that what is put into it has its location at once and a page can name another one of the same
+pack. The bytes of a pack are not covered by its name: each content and page in it is checked by its own id.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from artifactfs.model import OBJECT_PACK, Extent
+from artifactfs.objects import ObjectStore, object_key
+
+PACK_TARGET = 16 << 20
+"""A pack is closed once it has this many bytes: large enough that a request's cost is spread, small enough to hold in memory."""
+
+_PENDING = 2
+"""Packs being written at once; with the one being filled this bounds memory to 3 packs."""
+
+
+class PackWriter:
+    """Collects contents into packs, written in the background. Threads may share one."""
+
+    def __init__(self, objects: ObjectStore, target: int = PACK_TARGET) -> None:
+        self._objects = objects
+        self._target = target
+        self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(_PENDING, thread_name_prefix="pack")
+        self._writing: list[Future[None]] = []
+        self._start()
+
+    def add(self, data: bytes | bytearray | memoryview) -> Extent:
+        """Where ``data`` will lie. It is durable only after :meth:`flush`."""
+        with self._lock:
+            extent = Extent(self._id, len(self._buffer), len(data))
+            self._buffer += data
+            if len(self._buffer) >= self._target:
+                self._seal()
+        return extent
+
+    def add_all(self, items: Sequence[bytes]) -> list[Extent]:
+        """As :meth:`add` for each, side by side in one pack."""
+        with self._lock:
+            extents = []
+            for data in items:
+                extents.append(Extent(self._id, len(self._buffer), len(data)))
+                self._buffer += data
+            if len(self._buffer) >= self._target:
+                self._seal()
+        return extents
+
+    def flush(self) -> None:
+        """Return once everything added is durable; raises what writing a pack raised."""
+        with self._lock:
+            if self._buffer:
+                self._seal()
+            writing, self._writing = self._writing, []
+        for future in writing:
+            future.result()
+
+    def close(self) -> None:
+        """Forget what was not flushed and end the threads. Idempotent."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _start(self) -> None:
+        self._id = OBJECT_PACK + os.urandom(16)
+        self._buffer = bytearray()
+
+    def _seal(self) -> None:
+        while len(self._writing) >= _PENDING:
+            self._writing.pop(0).result()
+        self._writing.append(self._pool.submit(self._objects.put, object_key(self._id), self._buffer))
+        self._start()
