@@ -1,7 +1,7 @@
-"""Stores: where versions live. The protocol every kind of store answers, and ``open_store(url)``.
+"""Stores: where versions live. The protocol every kind of store answers; ``urls.open_store(url)`` gives one.
 
-Reading (``version``, ``tree``, ``open_blocks``) and the catalog are here; making a version is ``publish.py``'s alone, which drives
-the ``writer`` of a store. Every method may raise the errors of ``errors.py`` and may be called from any thread.
+Reading and the catalog are here; making a version is ``publish.py``'s alone. Every method may raise the errors of ``errors.py``
+and may be called from any thread.
 """
 
 from __future__ import annotations

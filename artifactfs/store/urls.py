@@ -1,13 +1,29 @@
-"""``open_store(url)``: the store a URL names. SKELETON while native.py is being written; the signature is settled."""
+"""``open_store(url)``: the store a URL names."""
 
 from __future__ import annotations
 
-from artifactfs.store import Store
+import urllib.parse
+from pathlib import Path
+
+from artifactfs.errors import UsageError
+from artifactfs.model import scheme_of
+from artifactfs.objects.local import LocalObjects
+from artifactfs.store.native import NativeStore
 
 
-def open_store(url: str) -> Store:
+def open_store(url: str) -> NativeStore:
     """The store at ``url``: a path or ``file:///…``, created at the first commit if it is not there.
 
     StoreFormatError for another format or a newer version, UsageError for a scheme that is not known.
     """
-    raise AssertionError("being written")
+    scheme = scheme_of(url)
+    if scheme == "file":
+        parts = urllib.parse.urlsplit(url)
+        if parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
+            raise UsageError(f"store {url!r} is not a local file URL; write file:///absolute/path")
+        return NativeStore(LocalObjects(Path(urllib.parse.unquote(parts.path))))
+    if "://" in url:
+        raise UsageError(f"store {url!r} has the scheme {scheme!r}, which is not known; use a path or file:///path")
+    if not url:
+        raise UsageError("the store's path is empty; set ARTIFACTFS_STORE or --store to a path")
+    return NativeStore(LocalObjects(Path(url)))

@@ -1,0 +1,129 @@
+"""The bytes of stored contents: from local disk with every block checked, or from anywhere as a source for the cache."""
+
+from __future__ import annotations
+
+import os
+import threading
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from itertools import accumulate
+
+from artifactfs.content import DIGEST_SIZE, CheckedBlocks
+from artifactfs.errors import IntegrityError, NotFoundError, from_os_error
+from artifactfs.model import BLOCK, Extent
+from artifactfs.objects import ObjectStore, object_key
+
+
+class LocalExtents:
+    """A content read from the local files that hold it. Each block is checked when this process first reads it.
+
+    Objects are opened at the first read and stay open until :meth:`close`, so a collected garbage object is still readable to
+    whoever had it open. Threads may share one.
+    """
+
+    def __init__(
+        self,
+        objects: ObjectStore,
+        id: bytes,
+        size: int,
+        extents: tuple[Extent, ...],
+        digests: Callable[[], bytes],
+        checks: dict[bytes, CheckedBlocks],
+    ) -> None:
+        self._objects = objects
+        self._id = id
+        self._size = size
+        self._extents = extents
+        self._starts = [0, *accumulate(extent.length for extent in extents)]
+        self._load_digests = digests
+        self._digests = b""
+        self._checks = checks
+        self._lock = threading.Lock()
+        self._files: dict[bytes, int] = {}
+
+    def read(self, offset: int, size: int) -> bytes:
+        end = min(offset + size, self._size)
+        if offset >= end:
+            return b""
+        first = offset // BLOCK
+        if (end - 1) // BLOCK == first:
+            return self._read_block(first, offset - first * BLOCK, end - offset)
+        pieces = []
+        while offset < end:
+            block = offset // BLOCK
+            stop = min(end, (block + 1) * BLOCK)
+            pieces.append(self._read_block(block, offset - block * BLOCK, stop - offset))
+            offset = stop
+        return b"".join(pieces)
+
+    def close(self) -> None:
+        with self._lock:
+            files, self._files = self._files, {}
+        for fd in files.values():
+            os.close(fd)
+
+    def _read_block(self, block: int, start: int, size: int) -> bytes:
+        position = block * BLOCK
+        at = bisect_right(self._starts, position) - 1
+        extent = self._extents[at]
+        checks = self._checks.get(extent.object)
+        if checks is None:
+            checks = self._checks.setdefault(extent.object, CheckedBlocks())
+        length = min(BLOCK, self._size - position)
+        place = extent.offset + position - self._starts[at]
+        try:
+            data = checks.read(self._open(extent.object), place, length, start, size, self._digest(block))
+        except OSError as error:
+            raise from_os_error(error, f"reading {self._where(extent)}") from error
+        if data is None:
+            raise IntegrityError(f"block {block} of content {self._id.hex()} in {self._where(extent)} is damaged")
+        return data
+
+    def _digest(self, block: int) -> bytes:
+        if not self._digests:
+            self._digests = self._load_digests()
+        return self._digests[block * DIGEST_SIZE : (block + 1) * DIGEST_SIZE]
+
+    def _open(self, object: bytes) -> int:
+        fd = self._files.get(object)
+        if fd is not None:
+            return fd
+        key = object_key(object)
+        with self._lock:
+            if object not in self._files:
+                path = self._objects.path(key)
+                assert path is not None
+                try:
+                    self._files[object] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                except FileNotFoundError:
+                    # Not "not found": the file exists in its version, its bytes are gone.
+                    raise IntegrityError(f"content {self._id.hex()} is lost: {key} is not in {self._objects.url}") from None
+            return self._files[object]
+
+    def _where(self, extent: Extent) -> str:
+        return f"{object_key(extent.object)} of {self._objects.url}"
+
+
+class ExtentSource:
+    """A content as a :class:`artifactfs.references.Source`, unchecked: its reader checks each block."""
+
+    def __init__(self, objects: ObjectStore, id: bytes, size: int, extents: tuple[Extent, ...]) -> None:
+        self.key = id
+        self.size = size
+        self.where = f"content {id.hex()} of {objects.url}"
+        self._objects = objects
+        self._extents = extents
+
+    def fetch(self, offset: int, size: int) -> Iterator[bytes]:
+        end = offset + size
+        start = 0
+        for extent in self._extents:
+            low, high = max(offset, start), min(end, start + extent.length)
+            while low < high:
+                step = min(BLOCK, high - low)
+                try:
+                    yield self._objects.read(object_key(extent.object), extent.offset + low - start, step)
+                except NotFoundError as error:
+                    raise IntegrityError(f"{self.where} is lost: {error}") from None
+                low += step
+            start += extent.length
