@@ -10,7 +10,8 @@
     ├── NetworkError                    ETIMEDOUT     5   a remote did not answer, after retries
     │   └── OfflineError                EHOSTUNREACH  5   not cached, and --offline forbids fetching
     ├── IntegrityError                  EIO           6   bytes are not what their name says
-    │   └── SourceChangedError          ESTALE        6   a reference's target is no longer what was pinned
+    │   ├── SourceChangedError          ESTALE        6   a reference's target is no longer what was pinned
+    │   └── VerifyError (ValueError)    EIO           6   a directory is not what a version says it is
     ├── NotPermittedError               EACCES        7   the store, a remote or the system refuses
     │   └── ReadOnlyError               EROFS         7   a write to what is immutable
     ├── StorageFullError                ENOSPC        1   no space left, or a quota reached
@@ -23,7 +24,8 @@
         └── ArtifactNotLoggedError                        a member that only logged artifacts have
 
 The FUSE boundary (``mount.py``) answers with ``errno``; the command line exits with ``exit_code``. Foreign
-exceptions are mapped here or in the one module that imports their library, and nowhere else.
+exceptions are mapped here or in the one module that imports their library, and nowhere else. Where W&B's clients promise
+another built-in (``KeyError`` for an unknown entry, ``CommError`` for a failed look-up), :func:`also` makes an error both.
 """
 
 from __future__ import annotations
@@ -75,6 +77,10 @@ class IntegrityError(ArtifactFSError):
 
 class SourceChangedError(IntegrityError):
     errno = errno.ESTALE
+
+
+class VerifyError(IntegrityError, ValueError):
+    pass
 
 
 class NotPermittedError(ArtifactFSError):
@@ -148,3 +154,24 @@ def from_os_error(error: OSError, doing: str) -> ArtifactFSError:
     advice = _ADVICE.get(code)
     text = f"{doing}: {os.strerror(code)}" + (f"; {advice}" if advice else "")
     return _BY_ERRNO.get(code, ArtifactFSError)(text)
+
+
+def also(error: ArtifactFSError, kind: type[Exception]) -> ArtifactFSError:
+    """``error`` as an instance of its own class and of ``kind``, so that callers may catch it as either."""
+    if isinstance(error, kind):
+        return error
+    both = _both(type(error), kind)(str(error))
+    for note in getattr(error, "__notes__", ()):
+        both.add_note(note)
+    return both
+
+
+def _both(ours: type[ArtifactFSError], kind: type[Exception]) -> type[ArtifactFSError]:
+    """A class below both. It shows its text plainly, which ``KeyError`` would not, and can be pickled."""
+    members = {
+        "__module__": ours.__module__,
+        "__str__": Exception.__str__,
+        "__reduce__": lambda self: (also, (ours(str(self)), kind)),
+        "errno": ours.errno,
+    }
+    return type(ours.__name__, (ours, kind), members)
