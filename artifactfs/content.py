@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import os
 import struct
+from collections.abc import Iterable
 from typing import Protocol
 
 import xxhash
@@ -72,13 +73,21 @@ def content_id(size: int, blocks: bytes) -> bytes:
     return list_id(size, blocks) if size > BLOCK else blocks or EMPTY_ID
 
 
-def checksum(data: bytes | memoryview, algorithm: str) -> str:
-    """The base64 checksum of ``data`` in ``algorithm``; "" for BLAKE3, whose digest is the content id."""
-    hasher = _new_hash(algorithm)
-    if hasher is None:
-        return ""
-    hasher.update(data)
-    return base64.b64encode(hasher.digest()).decode()
+class Checksum:
+    """The running MD5 or XXH128 of a content; nothing for BLAKE3, whose digest is the content id."""
+
+    def __init__(self, algorithm: str) -> None:
+        self._hash = _new_hash(check_algorithm(algorithm))
+        self.needed = self._hash is not None
+
+    def update(self, data: bytes | memoryview) -> None:
+        """Take the next bytes."""
+        if self._hash is not None:
+            self._hash.update(data)
+
+    def finish(self) -> str:
+        """The checksum, base64; "" for BLAKE3."""
+        return base64.b64encode(self._hash.digest()).decode() if self._hash is not None else ""
 
 
 def fingerprint(data: bytes | memoryview, algorithm: str = BLAKE3) -> Fingerprint:
@@ -88,6 +97,17 @@ def fingerprint(data: bytes | memoryview, algorithm: str = BLAKE3) -> Fingerprin
     for start in range(0, len(view), BLOCK):
         hasher.block(view[start : start + BLOCK])
     return hasher.finish()
+
+
+def manifest_digest(entries: Iterable[tuple[str, str]], algorithm: str) -> str:
+    """W&B's digest of a version, hex: MD5 (or XXH128) over its ``(path, entry digest)`` pairs, which come sorted by path."""
+    hasher = _new_hash(algorithm)
+    if hasher is None:
+        raise UsageError(f"manifest digests are MD5 or XXH128, not {algorithm}")
+    hasher.update(b"wandb-artifact-manifest-v1\n")
+    for path, digest in entries:
+        hasher.update(f"{path}:{digest}\n".encode())
+    return hasher.digest().hex()
 
 
 def check_block_list(id: bytes, size: int, blocks: bytes, where: str) -> bytes:
@@ -102,7 +122,7 @@ class Hasher:
 
     def __init__(self, algorithm: str = BLAKE3) -> None:
         self.algorithm = check_algorithm(algorithm)
-        self._checksum = _new_hash(self.algorithm)
+        self._checksum = Checksum(self.algorithm)
         self._blocks = bytearray()
         self._size = 0
 
@@ -110,15 +130,13 @@ class Hasher:
         """Take the next block."""
         self._blocks += blake3(data).digest()
         self._size += len(data)
-        if self._checksum is not None:
-            self._checksum.update(data)
+        self._checksum.update(data)
 
     def finish(self) -> Fingerprint:
         """The fingerprint of all blocks taken."""
         blocks = bytes(self._blocks)
-        text = base64.b64encode(self._checksum.digest()).decode() if self._checksum is not None else ""
         large = blocks if self._size > BLOCK else b""
-        return Fingerprint(content_id(self._size, blocks), self._size, large, self.algorithm, text)
+        return Fingerprint(content_id(self._size, blocks), self._size, large, self.algorithm, self._checksum.finish())
 
 
 def _new_hash(algorithm: str) -> _Hash | None:

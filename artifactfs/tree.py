@@ -173,6 +173,23 @@ class Tree:
                 directories = [entry for entry in decoded.items if isinstance(entry, Dir)]
                 stack.extend((entry.page, _MAX_LEVEL) for entry in reversed(directories))
 
+    def listing(self, root: Dir) -> Iterator[tuple[str, File | Ref]]:
+        """(path, entry) of every file and reference, in ascending order of the whole paths: the order of W&B's manifests."""
+        stack: list[tuple[str, Iterator[Entry]]] = [("", self._by_path(root))]
+        while stack:
+            prefix, entries = stack[-1]
+            entry = next(entries, None)
+            if entry is None:
+                stack.pop()
+            elif isinstance(entry, Dir):
+                stack.append((f"{prefix}{entry.name}/", self._by_path(entry)))
+            elif not isinstance(entry, Symlink):
+                yield prefix + entry.name, entry
+
+    def _by_path(self, directory: Dir) -> Iterator[Entry]:
+        # "a-b" sorts before "a/x" but after the directory "a": directories sort with their slash.
+        return iter(sorted(self.entries(directory), key=lambda entry: entry.name + "/" * isinstance(entry, Dir)))
+
     def update(self, base: Dir | None, changes: Iterable[tuple[str, Entry | None]], store_page: StorePage) -> Dir:
         """``base`` with ``changes`` (ascending names; None deletes, absent or not) as a directory named "".
 
@@ -187,9 +204,9 @@ class Tree:
         """The entries of one leaf page that :meth:`children` gave."""
         return self._page(child.page, 0).items  # type: ignore[return-value]
 
-    def index_pages(self, directory: Dir) -> Iterator[Page]:
+    def index_pages(self, directory: Dir | None) -> Iterator[Page]:
         """The index pages of ``directory``; none if it has one page."""
-        pending = [directory.page] if directory.page else []
+        pending = [directory.page] if directory and directory.page else []
         while pending:
             page = pending.pop()
             decoded = self._page(page, _MAX_LEVEL)
@@ -440,9 +457,12 @@ def _whole(directory: Dir) -> Child:
 class DirUpdate:
     """A stored directory with changes, given in ascending order of name, as a new one. See :meth:`Tree.update`."""
 
-    def __init__(self, tree: Tree, base: Dir | None, store_page: StorePage) -> None:
+    def __init__(self, tree: Tree, base: Dir | None, store_page: StorePage, twin: Dir | None = None) -> None:
+        """``twin``: a stored directory that is probably much the same; a page that it has already is not stored again."""
         self._tree = tree
-        kept = {page.id: page for page in tree.index_pages(base)} if base else {}
+        kept = {page.id: page for page in tree.index_pages(base or twin)}
+        if twin is not None and base is None:
+            kept.update((child.page.id, child.page) for child in tree.children(twin))
         self._builder = DirBuilder(lambda data: kept.get(blake3(data).digest()) or store_page(data))
         self._children = list(tree.children(base)) if base else []
         self._at = 0

@@ -56,6 +56,9 @@ class ObjectStore(Protocol):
     def path(self, key: str) -> str | None:
         """A local path whose bytes are the object, if there is one; else None. Missing is no error here."""
 
+    def size(self, key: str) -> int | None:
+        """The object's bytes, or None if it is not there: missing is no error."""
+
     def put(self, key: str, data: bytes | bytearray | memoryview) -> None:
         """Write a data object, whole and durable once this returns. Idempotent."""
 

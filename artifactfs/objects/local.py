@@ -51,6 +51,11 @@ class LocalObjects:
             raise IntegrityError(f"{key} in {self.url} ends before byte {offset + size}")
         return data
 
+    def size(self, key: str) -> int | None:
+        with self._errors("looking up", key), contextlib.suppress(FileNotFoundError):
+            return os.stat(f"{self.root}/{key}").st_size
+        return None
+
     def put(self, key: str, data: bytes | bytearray | memoryview) -> None:
         writer = self.writer()
         try:

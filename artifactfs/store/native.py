@@ -27,7 +27,7 @@ from cachetools import LRUCache
 
 from artifactfs.content import DIGEST_SIZE, CheckedBlocks, check_block_list
 from artifactfs.errors import ConflictError, IntegrityError, NotFoundError, StoreFormatError
-from artifactfs.model import BLOCK, Collection, Extent, File, Page, Ref, Run, Version, block_count
+from artifactfs.model import BLOCK, Collection, Entry, Extent, File, Page, Ref, Run, Version, block_count
 from artifactfs.names import LATEST, ArtifactName, version_number
 from artifactfs.objects import ABSENT, ObjectStore, object_key
 from artifactfs.store import LocalContent
@@ -105,6 +105,10 @@ class NativeStore:
         prefix = f"{_folder(name)}/versions/"
         stems = (info.key.removeprefix(prefix).removesuffix(".json") for info in self.objects.scan(prefix))
         return sorted(int(stem) for stem in stems if stem.isdigit())
+
+    def any_version(self, name: ArtifactName, number: int) -> Version:
+        """The version of that number, deleted or not. NotFoundError."""
+        return self._version(name, number)[0]
 
     def newest(self, name: ArtifactName) -> Version | None:
         """The committed version of the highest number, or None."""
@@ -239,6 +243,14 @@ class NativeStore:
             raise IntegrityError(f"content {file.id.hex()} has no block list of {expected} bytes")
         data = self.read_extent(file.blocks)
         return check_block_list(file.id, file.size, data, f"content {file.id.hex()}")
+
+    def places(self, entry: Entry) -> tuple[Extent, ...]:
+        """Every extent that ``entry`` itself refers to: contents, block list, table of extents; a directory's page not."""
+        if isinstance(entry, File):
+            return (*self.extents(entry), *(extent for extent in (entry.blocks, entry.table) if extent is not None))
+        if isinstance(entry, Ref) and entry.blocks is not None:
+            return (entry.blocks,)
+        return ()
 
     def read_extent(self, extent: Extent) -> bytes:
         """The bytes of one extent, not checked."""

@@ -1,0 +1,477 @@
+"""What a commit stores: local files become contents, folders become pages, everything in walk order.
+
+Each file is read once. Workers read and hash small files in batches, and the segments of large ones; the calling thread walks
+the folder, finds what is stored already, fills packs and builds pages. Nothing is durable before :meth:`Upload.flush`.
+
+What is not stored again: a content this commit has already stored; one that the collection's newest version has, at the same
+path or at any other; and of a large file, the blocks that the newest version's file of that path (or ``NewFile.base``) has at
+the same place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import stat
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import NoneType
+from typing import Protocol, TypeAlias, TypeVar
+
+import msgspec
+from blake3 import blake3
+
+from artifactfs.content import Checksum, Fingerprint, block_digest, content_id, fingerprint
+from artifactfs.errors import ConflictError, InvalidNameError, UsageError, from_os_error
+from artifactfs.model import BLAKE3, BLOCK, Dir, Entry, File, Page, Ref, Symlink, Version
+from artifactfs.names import check_part
+from artifactfs.pack import PackWriter
+from artifactfs.store.large import LargeContent
+from artifactfs.store.native import NativeStore
+from artifactfs.tree import MAX_ENTRY_WEIGHT, DirUpdate, Tree, weight
+
+_BATCH = 16
+"""Files that a worker reads at a time: a future costs about as much as a small file does."""
+_WORKERS = max(2, min(8, os.cpu_count() or 2))
+_AHEAD = 2 * _WORKERS
+"""Batches and segments under way: bounds memory to so many times 16 MiB at worst."""
+_SEGMENT = 4 << 20
+_MAX_WINDOW = 4096
+"""Steps of the walk looked at ahead, where there are no files to read."""
+_MAX_INDEX = 2_000_000
+"""Beyond so many files in the newest version, contents are only looked for at their own path: an index would take over 1 GB."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class NewFile:
+    """A local file to store. ``path`` is read once, while the commit runs; one that changes meanwhile fails the commit with a
+    ConflictError that names it.
+
+    ``base``, ``changed`` and ``read_base``: where only some blocks differ from a stored file, ``changed`` are the numbers of the
+    blocks that must be read from ``path``, which has the new size; all others are those of ``base``, whose bytes need not be in
+    ``path``. Blocks that ``base`` has not, or not whole, are in ``changed``. ``read_base(offset, size)`` gives bytes of ``base``,
+    for digests that need them all.
+    """
+
+    path: str
+    executable: bool
+    base: File | None = None
+    changed: frozenset[int] = frozenset()
+    read_base: Callable[[int, int], bytes] | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class NewRef:
+    """A reference whose content was read when it was added: its block list is stored with it."""
+
+    ref: Ref
+    block_list: bytes
+
+
+class Folder(Protocol):
+    """A directory to publish: what is in ``base`` stays, but for the changes."""
+
+    @property
+    def base(self) -> Dir | None: ...
+
+    def changes(self) -> Iterator[tuple[str, Change]]:
+        """(name, change), in ascending order of the names' UTF-8 bytes, each name once."""
+
+
+Change: TypeAlias = "File | Dir | Symlink | Ref | NewFile | NewRef | Folder | None"
+"""An entry is taken as it is (its own name is ignored); NewFile is stored; Folder is built; None deletes the name."""
+
+
+@dataclasses.dataclass(slots=True)
+class Progress:
+    """Counts so far, for a progress bar: files and bytes read, bytes that had to be stored."""
+
+    files: int = 0
+    bytes: int = 0
+    stored: int = 0
+
+
+Report: TypeAlias = Callable[[Progress], None]
+
+
+_Batch: TypeAlias = "Future[list[tuple[bytes, Fingerprint] | None]]"
+_Kind = TypeVar("_Kind", Dir, File, Ref)
+
+
+@dataclasses.dataclass(slots=True)
+class _Token:
+    """One step of the walk: a change of ``name``, or the end of a folder (``name`` "")."""
+
+    name: str
+    change: Change
+    batch: _Batch | None = None
+    at: int = 0
+
+
+@dataclasses.dataclass(slots=True)
+class _Level:
+    """A directory being built: its name, its pages, and the newest version's directory of the same path."""
+
+    name: str
+    update: DirUpdate
+    twin: Dir | None
+
+
+class Upload:
+    """One commit's stored contents and pages. For one thread; use it once, then :meth:`close`."""
+
+    def __init__(self, store: NativeStore, newest: Version | None, algorithm: str = BLAKE3, report: Report | None = None) -> None:
+        self._store = store
+        self._newest = newest.root if newest else None
+        self._algorithm = algorithm
+        self._report = report
+        self._progress = Progress()
+        self._contents = PackWriter(store.objects)
+        self._pages = PackWriter(store.objects)
+        self._pool = ThreadPoolExecutor(_WORKERS, thread_name_prefix="upload")
+        self._stored: dict[bytes, File] = {}
+        self._index = _Index(store.tree, self._newest)
+        self._ahead = _Ahead(iter(()), self._pool, algorithm)
+
+    def build(self, folder: Folder) -> Dir:
+        """``folder`` as a stored directory named ""; not durable yet."""
+        self._ahead = _Ahead(_walk(folder), self._pool, self._algorithm)
+        levels = [self._level("", folder, self._newest)]
+        while True:
+            token = self._ahead.next()
+            level = levels[-1]
+            if token.name == "":
+                built = levels.pop().update.finish()
+                if not levels:
+                    return built
+                levels[-1].update.change(level.name, built)
+            elif isinstance(token.change, (NewFile, NewRef, File, Dir, Symlink, Ref, NoneType)):
+                level.update.change(token.name, self._entry(token, level))
+            else:
+                levels.append(self._level(token.name, token.change, self._twin(level, token.name, Dir)))
+
+    def flush(self) -> None:
+        """Return once every content and page is durable."""
+        self._contents.flush()
+        self._pages.flush()
+
+    def close(self) -> None:
+        """Forget what was not flushed and end the threads. Idempotent."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._contents.close()
+        self._pages.close()
+
+    def _level(self, name: str, folder: Folder, twin: Dir | None) -> _Level:
+        return _Level(name, DirUpdate(self._store.tree, folder.base, self._store_page, twin), twin)
+
+    def _twin(self, level: _Level, name: str, kind: type[_Kind]) -> _Kind | None:
+        """What the newest version has at this path, if it is of that kind."""
+        found = self._store.tree.lookup(level.twin, name) if level.twin else None
+        return found if isinstance(found, kind) else None
+
+    def _entry(self, token: _Token, level: _Level) -> Entry | None:
+        """The entry that a change comes to; its name is not yet right."""
+        change = token.change
+        if isinstance(change, (File, Dir, Symlink, Ref)):
+            return check_entry(change)
+        if isinstance(change, NewRef):
+            return self._reference(change, self._twin(level, token.name, Ref))
+        if not isinstance(change, NewFile):
+            return None
+        if change.base is not None:
+            return self._patched(change, change.base)
+        small = self._ahead.result(token)
+        prior = self._twin(level, token.name, File)
+        if small is None:
+            return self._large(change, prior)
+        data, found = small
+        return self._small(change, data, found, prior)
+
+    def _reference(self, new: NewRef, prior: Ref | None) -> Ref:
+        """The reference with its block list stored, where it has one."""
+        ref = check_entry(new.ref)
+        assert isinstance(ref, Ref)
+        if not new.block_list:
+            return ref
+        known = prior.blocks if prior is not None and prior.id == ref.id else None
+        return msgspec.structs.replace(ref, blocks=known or self._contents.add(new.block_list))
+
+    def _small(self, new: NewFile, data: bytes, found: Fingerprint, prior: File | None) -> File:
+        self._count(1, len(data))
+        known = prior if prior is not None and prior.id == found.id else self._known(found.id)
+        if known is None and data:
+            known = self._stored[found.id] = File("", len(data), False, found.id, (self._contents.add(data),))
+            self._progress.stored += len(data)
+        return _placed(found, new.executable, known)
+
+    def _patched(self, new: NewFile, base: File) -> File:
+        """A staged file of which only some blocks are local."""
+        with _opened(new.path) as (fd, size):
+            if size > BLOCK:
+                return self._store_large(new, fd, size, base, new.changed)
+            local = 0 in new.changed or not size
+            data = _pread(fd, size, 0, new.path) if local else _read_base(new, 0, size)
+        return self._small(new, data, fingerprint(data, self._algorithm), None)
+
+    def _large(self, new: NewFile, prior: File | None) -> File:
+        with _opened(new.path) as (fd, size):
+            return self._store_large(new, fd, size, prior, None)
+
+    def _store_large(self, new: NewFile, fd: int, size: int, prior: File | None, changed: frozenset[int] | None) -> File:
+        """``changed``: the blocks to read, None for all; the others are those of ``prior``."""
+        content = LargeContent(self._store, prior)
+        checksum = Checksum(self._algorithm)
+        try:
+            for start, data, digests in self._segments(new.path, fd, size, changed):
+                if data is None:
+                    length = min(BLOCK, size - start)
+                    content.keep(length)
+                    if checksum.needed:
+                        checksum.update(_read_base(new, start, length))
+                    continue
+                checksum.update(data)
+                for at, digest in enumerate(digests):
+                    content.take(memoryview(data)[at * BLOCK : (at + 1) * BLOCK], digest)
+                self._count(0, len(data))
+            id = content_id(size, bytes(content.digests))
+            found = Fingerprint(id, size, bytes(content.digests), self._algorithm, checksum.finish())
+            known = prior if prior is not None and prior.id == id else self._known(id)
+            if known is None:
+                extents, table = content.finish(self._contents)
+                blocks = self._contents.add(found.blocks)
+                known = self._stored[id] = File("", size, False, id, extents, blocks, table=table)
+                self._progress.stored += content.written
+        finally:
+            content.abort()
+        self._count(1, 0)
+        return _placed(found, new.executable, known)
+
+    def _segments(
+        self, path: str, fd: int, size: int, changed: frozenset[int] | None
+    ) -> Iterator[tuple[int, bytes | None, list[bytes]]]:
+        """(offset, bytes, block digests) in order, read and hashed ahead by the workers; bytes None for a block not to read."""
+        window: deque[tuple[int, Future[tuple[bytes, list[bytes]]] | None]] = deque()
+        for offset, length, local in _plan(size, changed):
+            window.append((offset, self._pool.submit(_read_segment, path, fd, offset, length) if local else None))
+            while len(window) > _AHEAD:
+                yield _finished(*window.popleft())
+        while window:
+            yield _finished(*window.popleft())
+
+    def _known(self, id: bytes) -> File | None:
+        """A file of this commit or of the newest version with that content."""
+        return self._stored.get(id) or self._index.find(id, self._ahead.outstanding)
+
+    def _store_page(self, data: bytes) -> Page:
+        return Page(blake3(data).digest(), self._pages.add(data))
+
+    def _count(self, files: int, size: int) -> None:
+        self._progress.files += files
+        self._progress.bytes += size
+        if self._report is not None:
+            self._report(self._progress)
+
+
+class _Ahead:
+    """Walks a folder a little ahead, so that workers read its small files while the caller is busy with those before."""
+
+    def __init__(self, tokens: Iterator[_Token], pool: ThreadPoolExecutor, algorithm: str) -> None:
+        self._tokens = tokens
+        self._pool = pool
+        self._algorithm = algorithm
+        self._window: deque[_Token] = deque()
+        self._unsent: list[_Token] = []
+        self._batches: deque[_Batch] = deque()
+        self._exhausted = False
+
+    def next(self) -> _Token:
+        """The next step of the walk; the last one ends the root folder."""
+        while not self._exhausted and len(self._batches) < _AHEAD and len(self._window) < _MAX_WINDOW:
+            token = next(self._tokens, None)
+            if token is None:
+                self._exhausted = True
+                break
+            self._window.append(token)
+            if isinstance(token.change, NewFile) and token.change.base is None:
+                self._unsent.append(token)
+                if len(self._unsent) == _BATCH:
+                    self._send()
+        if self._exhausted:
+            self._send()
+        return self._window.popleft()
+
+    def result(self, token: _Token) -> tuple[bytes, Fingerprint] | None:
+        """The bytes and fingerprint of a small file; None for a large one. Once a token."""
+        if token.batch is None:
+            self._send()
+        assert token.batch is not None
+        batch = token.batch.result()
+        if token.at == len(batch) - 1:
+            self._batches.popleft()
+        # Let go of it, so that a batch's memory goes as its files are done.
+        result, batch[token.at] = batch[token.at], None
+        return result
+
+    def outstanding(self) -> set[bytes] | None:
+        """The ids of all small files still to come, if the walk has seen them all; else None."""
+        if not self._exhausted:
+            return None
+        return {small[1].id for batch in self._batches for small in batch.result() if small is not None}
+
+    def _send(self) -> None:
+        if not self._unsent:
+            return
+        paths = [token.change.path for token in self._unsent if isinstance(token.change, NewFile)]
+        batch = self._pool.submit(_read_batch, paths, self._algorithm)
+        self._batches.append(batch)
+        for at, token in enumerate(self._unsent):
+            token.batch, token.at = batch, at
+        self._unsent = []
+
+
+class _Index:
+    """Finds contents of the newest version by id, at whatever path; scans its pages when first asked."""
+
+    def __init__(self, tree: Tree, root: Dir | None) -> None:
+        self._tree = tree
+        self._root = root if root is not None and root.files <= _MAX_INDEX else None
+        self._found: dict[bytes, File] = {}
+        self._searched: set[bytes] = set()
+        self._complete = self._root is None
+
+    def find(self, id: bytes, candidates: Callable[[], set[bytes] | None]) -> File | None:
+        """The file with that content, or None. ``candidates``: all ids that will be asked for, if that is known: then one scan
+        looks for them, and no index is kept."""
+        if not self._complete and id not in self._searched:
+            wanted = None if self._searched else candidates()
+            self._scan(wanted | {id} if wanted is not None else None)
+        return self._found.get(id)
+
+    def _scan(self, wanted: set[bytes] | None) -> None:
+        assert self._root is not None
+        for _, entries in self._tree.pages(self._root, set()):
+            for entry in entries:
+                if isinstance(entry, File) and (wanted is None or entry.id in wanted):
+                    self._found[entry.id] = entry
+        if wanted is None:
+            self._complete = True
+        else:
+            self._searched = wanted
+
+
+def check_entry(entry: Entry) -> Entry:
+    """``entry``, if it can be stored: text that is UTF-8, of bounded length. InvalidNameError otherwise."""
+    if weight(entry) > MAX_ENTRY_WEIGHT:
+        raise InvalidNameError(f"entry {entry.name[:40]!r} has over {MAX_ENTRY_WEIGHT >> 10} KiB of name, target or reference")
+    for text in (entry.target,) if isinstance(entry, Symlink) else (entry.uri, entry.digest) if isinstance(entry, Ref) else ():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise InvalidNameError(f"{entry.name!r} leads to {text[:80]!r}, which is not valid UTF-8") from None
+    return entry
+
+
+def _walk(folder: Folder) -> Iterator[_Token]:
+    """The changes of ``folder`` and of the folders in it, depth first; each folder ends with a token without a name."""
+    stack = [folder.changes()]
+    while stack:
+        name, change = next(stack[-1], ("", None))
+        if name == "":
+            stack.pop()
+            yield _Token("", None)
+            continue
+        check_part(name)
+        yield _Token(name, change)
+        if not isinstance(change, (NewFile, NewRef, File, Dir, Symlink, Ref, NoneType)):
+            stack.append(change.changes())
+
+
+def _placed(found: Fingerprint, executable: bool, known: File | None) -> File:
+    """The entry of a content that lies where ``known`` does; None for the empty content, which lies nowhere."""
+    extents, blocks, table = (known.extents, known.blocks, known.table) if known is not None else ((), None, None)
+    algorithm = found.algorithm
+    return File("", found.size, executable, found.id, extents, blocks, algorithm, found.checksum, table)
+
+
+def _plan(size: int, changed: frozenset[int] | None) -> Iterator[tuple[int, int, bool]]:
+    """(offset, length, whether to read it) of a large content: segments to read, single blocks not to."""
+    offset = 0
+    while offset < size:
+        block = offset // BLOCK
+        if changed is not None and block not in changed:
+            yield offset, min(BLOCK, size - offset), False
+            offset += BLOCK
+            continue
+        count = 1
+        while count < _SEGMENT // BLOCK and (changed is None or block + count in changed):
+            count += 1
+        yield offset, min(count * BLOCK, size - offset), True
+        offset += count * BLOCK
+
+
+def _finished(offset: int, future: Future[tuple[bytes, list[bytes]]] | None) -> tuple[int, bytes | None, list[bytes]]:
+    if future is None:
+        return offset, None, []
+    data, digests = future.result()
+    return offset, data, digests
+
+
+def _read_batch(paths: Sequence[str], algorithm: str) -> list[tuple[bytes, Fingerprint] | None]:
+    """The small ones of ``paths``, read and hashed; None for the large ones."""
+    return [_read_small(path, algorithm) for path in paths]
+
+
+def _read_small(path: str, algorithm: str) -> tuple[bytes, Fingerprint] | None:
+    with _opened(path) as (fd, size):
+        if size > BLOCK:
+            return None
+        data = _pread(fd, size, 0, path)
+    return data, fingerprint(data, algorithm)
+
+
+def _read_segment(path: str, fd: int, offset: int, length: int) -> tuple[bytes, list[bytes]]:
+    data = _pread(fd, length, offset, path)
+    view = memoryview(data)
+    return data, [block_digest(view[at : at + BLOCK]) for at in range(0, length, BLOCK)]
+
+
+def _read_base(new: NewFile, offset: int, size: int) -> bytes:
+    if new.read_base is None:
+        raise ValueError(f"{new.path} needs bytes of its base, and has no way to read them")
+    return new.read_base(offset, size)
+
+
+def _pread(fd: int, size: int, offset: int, path: str) -> bytes:
+    """Exactly ``size`` bytes."""
+    data = os.pread(fd, size, offset)
+    while len(data) < size:
+        more = os.pread(fd, size - len(data), offset + len(data))
+        if not more:
+            raise _changed(path)
+        data += more
+    return data
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[tuple[int, int]]:
+    """(descriptor, size) of a regular file that must not change until the block ends; ConflictError if it does."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO put in its place must not hang us
+        try:
+            before = os.fstat(fd)
+            if not stat.S_ISREG(before.st_mode):
+                raise UsageError(f"{path} is not a regular file")
+            yield fd, before.st_size
+            after = os.fstat(fd)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise from_os_error(error, f"reading {path}") from error
+    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+        raise _changed(path)
+
+
+def _changed(path: str) -> ConflictError:
+    return ConflictError(f"{path} changed while it was being stored; try again once nothing writes to it")
