@@ -19,6 +19,8 @@ from artifactfs.errors import InvalidNameError
 
 MAX_NAME = 128
 MAX_METADATA_KEYS = 100
+MAX_METADATA_DEPTH = 64
+MAX_METADATA_INT = 10**1000  # far beyond any use, and below the length at which Python refuses to print an int
 MAX_PATH_PART = 255  # NAME_MAX of Linux and macOS: a longer part could be logged but never mounted
 LATEST = "latest"
 
@@ -107,7 +109,7 @@ def check_entity(name: str) -> str:
 
 
 def _check_namespace(what: str, name: str) -> str:
-    if not name or name in (".", "..") or len(name.encode("utf-8", "surrogateescape")) > MAX_NAME:
+    if not name or name in (".", "..") or len(name.encode("utf-8", "surrogatepass")) > MAX_NAME:
         raise InvalidNameError(f"{what} {name[:40]!r} must be 1 to {MAX_NAME} bytes long and not be . or ..")
     if _PROJECT_BANNED & set(name) or not name.isprintable():
         raise InvalidNameError(f"{what} {name!r} may not contain / \\ # ? % : or control characters")
@@ -142,9 +144,11 @@ def version_number(alias: str) -> int | None:
 
 
 def check_alias(alias: str) -> str:
-    """``alias``, if it can be looked up: not empty, at most 128 characters, no ``/`` or ``:``, printable."""
+    """``alias``, if it can be looked up: not empty, at most 128 characters and 255 bytes, no ``/`` or ``:``, printable."""
     if not alias or len(alias) > MAX_NAME or not alias.isprintable():
         raise InvalidNameError(f"alias {alias[:40]!r} must be 1 to {MAX_NAME} printable characters long")
+    if len(alias.encode()) > MAX_PATH_PART:
+        raise InvalidNameError(f"alias {alias[:40]!r} is over {MAX_PATH_PART} bytes long: no browsing mount could show it")
     if "/" in alias or ":" in alias:
         raise InvalidNameError(f"alias {alias!r} may not contain / or :")
     if alias in (".", ".."):
@@ -211,43 +215,88 @@ def check_part(part: str, path: str = "") -> str:
 def check_metadata(metadata: Mapping[str, Any] | str | None) -> dict[str, Any]:
     """``metadata`` as plain JSON values: tuples and sets become lists, NaN null, dates ISO text, numpy plain numbers.
 
-    A list or other non-mapping is a TypeError; infinity, more than 100 top-level keys or an unserialisable value raise
-    InvalidNameError.
+    A list or other non-mapping is a TypeError; infinity, more than 100 top-level keys, two keys that are one as JSON, text
+    that is not valid Unicode or an unserialisable value raise InvalidNameError.
     """
     if metadata is None:
         return {}
     if isinstance(metadata, str):
-        try:
-            metadata = json.loads(metadata)
-        except ValueError as error:
-            raise InvalidNameError(f"metadata is not valid JSON: {error}") from None
+        metadata = _load_json(metadata)
     if not isinstance(metadata, Mapping):
         raise TypeError(f"metadata must be a dict (a JSON object), not {type(metadata).__name__}")
     if len(metadata) > MAX_METADATA_KEYS:
         raise InvalidNameError(f"metadata has {len(metadata)} top-level keys; at most {MAX_METADATA_KEYS} are allowed")
-    return {str(key): _plain(value, str(key), 0) for key, value in metadata.items()}
+    return _plain_mapping(metadata, "", 0)
+
+
+def _load_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise InvalidNameError(f"metadata is not valid JSON: {error}") from None
+    except RecursionError:
+        raise InvalidNameError(f"metadata is nested more than {MAX_METADATA_DEPTH} levels deep") from None
+
+
+def _plain_mapping(value: Mapping[Any, Any], where: str, depth: int) -> dict[str, Any]:
+    plain: dict[str, Any] = {}
+    for item_key, item in value.items():
+        key = _json_key(item_key, where)
+        path = f"{where}.{key}" if where else key
+        if key in plain:
+            raise InvalidNameError(f"metadata has the key {path!r} twice once its keys are text; rename one")
+        plain[key] = _plain(item, path, depth + 1)
+    return plain
+
+
+def _json_key(key: Any, where: str) -> str:
+    """``key`` as ``json`` spells it: ``true``, ``null`` and numbers as their text."""
+    if isinstance(key, str):
+        return _unicode(key, where or "keys")
+    if key is None or isinstance(key, (bool, int, float)):
+        return json.dumps(key)
+    return _unicode(str(key), where or "keys")
+
+
+def _unicode(text: str, where: str) -> str:
+    """``text`` as an exact ``str``, which UTF-8 can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InvalidNameError(f"metadata {where!r} has text that is not valid Unicode") from None
+    return str.__str__(text)
 
 
 def _plain(value: Any, where: str, depth: int) -> Any:
-    """``value`` as JSON can hold it."""
-    if depth > 64:
-        raise InvalidNameError(f"metadata {where.split('.')[0]!r} is nested more than 64 levels deep")
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    if isinstance(value, float):
-        if math.isinf(value):
-            raise InvalidNameError(f"metadata {where!r} is infinite, which JSON cannot hold; use a string or None")
-        return None if math.isnan(value) else value
+    """``value`` as JSON can hold it. Subclasses of ``int``, ``float`` and ``str`` become those: the encoder takes no other."""
+    if depth > MAX_METADATA_DEPTH:
+        raise InvalidNameError(f"metadata {where[:40]!r} is nested more than {MAX_METADATA_DEPTH} levels deep")
     if isinstance(value, Mapping):
-        return {str(key): _plain(item, f"{where}.{key}", depth + 1) for key, item in value.items()}
+        return _plain_mapping(value, where, depth)
     if isinstance(value, (list, tuple, set, frozenset)):
         return [_plain(item, where, depth + 1) for item in value]
     if isinstance(value, slice):
         return {"slice_start": value.start, "slice_step": value.step, "slice_stop": value.stop}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _plain(dataclasses.asdict(value), where, depth + 1)
+        return _plain_mapping({field.name: getattr(value, field.name) for field in dataclasses.fields(value)}, where, depth)
     if isinstance(value, (datetime.date, datetime.time)):
         return value.isoformat()
-    if hasattr(value, "tolist"):  # numpy arrays and scalars, torch tensors
+    if hasattr(value, "tolist"):  # numpy arrays and scalars (a numpy.float64 is a float too), torch tensors
         return _plain(value.tolist(), where, depth + 1)
+    return _plain_scalar(value, where)
+
+
+def _plain_scalar(value: Any, where: str) -> Any:
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return _unicode(value, where)
+    if isinstance(value, int):
+        if abs(value) >= MAX_METADATA_INT:
+            raise InvalidNameError(f"metadata {where!r} is a number of over 1000 digits; use a string")
+        return int(value)
+    if isinstance(value, float):
+        if math.isinf(value):
+            raise InvalidNameError(f"metadata {where!r} is infinite, which JSON cannot hold; use a string or None")
+        return None if math.isnan(value) else float(value)
     raise InvalidNameError(f"metadata {where!r} is a {type(value).__name__}, which JSON cannot hold")

@@ -48,7 +48,7 @@ class Settings:
 def load(environ: Mapping[str, str] | None = None) -> Settings:
     """The settings in force. UsageError names a malformed config file or value."""
     env = os.environ if environ is None else environ
-    home = Path(env.get("HOME") or Path.home())
+    home = _home(env)
     config = _read_config(_xdg(env, home, "CONFIG", ".config") / "config.toml")
 
     def value(key: str) -> str:
@@ -71,12 +71,21 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
     )
 
 
+def _home(env: Mapping[str, str]) -> Path:
+    """``$HOME``, else the home directory of the password database, which a container's user id may not be in."""
+    try:
+        return Path(env.get("HOME") or Path.home())
+    except RuntimeError:
+        raise UsageError("the home directory is not known; set HOME") from None
+
+
 def parse_size(text: str, what: str = "size") -> int:
     """Bytes for ``10GiB``, ``10G`` (10**9), ``500 MB``, ``1024``. UsageError otherwise."""
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?i?)b?\s*", text.lower())
-    if not match or match[2] not in _UNITS:
+    if not match or match[2] not in _UNITS or len(match[1]) > 20:
         raise UsageError(f"{what} {text!r} is not a size; write bytes, or a number with KiB, MiB, GiB, TiB, kB, MB, GB or TB")
-    return int(float(match[1]) * _UNITS[match[2]])
+    number, unit = match[1], _UNITS[match[2]]
+    return int(number) * unit if number.isdigit() else int(float(number) * unit)
 
 
 def _xdg(env: Mapping[str, str], home: Path, which: str, default: str) -> Path:

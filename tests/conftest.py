@@ -1,0 +1,72 @@
+"""Fixtures of all tests: an isolated home, no mount left behind, and an order in which the lowest failure is seen first."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# Test modules by the layer of what they test; one that is not named here runs between the layers and the command line.
+_ORDER = (
+    ("layers", "errors", "names"),
+    ("model", "content", "settings"),
+    ("objects", "http"),
+    ("pack", "tree", "references"),
+    ("cache", "store", "native"),
+    ("reader", "publish"),
+    ("view", "staging", "media", "folders", "download"),
+    ("artifact", "run", "api"),
+    ("mount", "daemon", "filesystem"),
+    (),
+    ("cli", "serve", "web"),
+    ("scripts", "docs", "quickstart"),
+)
+_RANK = {name: rank for rank, names in enumerate(_ORDER) for name in names}
+_UNRANKED = _ORDER.index(())
+
+# A busy two-core machine: a slow example is no failure, the test's own timeout is.
+settings.register_profile("default", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
+settings.load_profile("default")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: (item.get_closest_marker("slow") is not None, _rank(item)))
+
+
+def _rank(item: pytest.Item) -> int:
+    words = item.path.stem.removeprefix("test_").split("_")
+    return _RANK.get(words[0], _UNRANKED)
+
+
+@pytest.fixture(autouse=True)
+def isolated_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The home directory of this test, with its own XDG directories; no setting of the caller's environment is seen."""
+    home = tmp_path_factory.mktemp("home")
+    for key in [key for key in os.environ if key.startswith(("ARTIFACTFS_", "XDG_", "WANDB_", "COMET_", "AWS_"))]:
+        monkeypatch.delenv(key)
+    for key in ("NO_COLOR", "FORCE_COLOR", "http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(key, raising=False)
+    monkeypatch.setenv("HOME", str(home))
+    for which in ("CONFIG", "DATA", "CACHE", "STATE"):
+        monkeypatch.setenv(f"XDG_{which}_HOME", str(home / which.lower()))
+    return home
+
+
+@pytest.fixture(autouse=True)
+def no_mount_left(isolated_home: Path, tmp_path: Path) -> Iterator[None]:
+    """Fails a test that leaves something mounted below its directories, after taking it away."""
+    yield
+    left = [point for point in _mountpoints() if point.startswith((f"{tmp_path}/", f"{isolated_home}/"))]
+    for point in reversed(left):
+        subprocess.run(["umount", "--lazy", point], check=False)
+    assert not left, f"still mounted after the test: {left}"
+
+
+def _mountpoints() -> list[str]:
+    lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
+    escaped = [line.split()[4].decode("utf-8", "surrogateescape") for line in lines]
+    return [point.replace("\\040", " ").replace("\\011", "\t").replace("\\012", "\n").replace("\\134", "\\") for point in escaped]
