@@ -13,16 +13,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
-from blake3 import blake3
 
-from artifactfs.content import check_algorithm, manifest_digest
+from artifactfs.content import check_algorithm
 from artifactfs.errors import ConflictError, IntegrityError, UsageError
-from artifactfs.model import BLAKE3, Collection, Dir, Entry, Extent, Page, Version
+from artifactfs.model import BLAKE3, Collection, Dir, Entry, Version
 from artifactfs.names import LATEST, ArtifactName, check_metadata, check_new_alias, check_tags, check_type
 from artifactfs.objects import object_key
 from artifactfs.store.native import NativeStore, now
 from artifactfs.store.upload import Change, Folder, NewFile, NewRef, Progress, Report, Upload
-from artifactfs.tree import DirUpdate, Tree
+from artifactfs.tree import DirUpdate, Tree, forget_page
 
 __all__ = ["Change", "Draft", "Folder", "NewFile", "NewRef", "Progress", "Published", "Report", "build_digest", "publish"]
 
@@ -91,18 +90,14 @@ def build_digest(folder: Folder, tree: Tree, algorithm: str = BLAKE3) -> str:
     """The digest that a version of ``folder`` would have, where it holds stored entries and folders only; nothing is stored."""
 
     def build(folder: Folder) -> Dir:
-        update = DirUpdate(tree, folder.base, _forget)
+        update = DirUpdate(tree, folder.base, forget_page)
         for name, change in folder.changes():
             if isinstance(change, (NewFile, NewRef)):
                 raise TypeError(f"{name!r} is not stored yet")
             update.change(name, change if change is None or isinstance(change, Entry) else build(change))
         return update.finish()
 
-    return version_digest(tree, build(folder), algorithm)
-
-
-def _forget(data: bytes) -> Page:
-    return Page(blake3(data).digest(), Extent(b"", 0, len(data)))
+    return tree.digest(build(folder), check_algorithm(algorithm))
 
 
 def _check(draft: Draft) -> None:
@@ -179,7 +174,7 @@ def _create(store: NativeStore, draft: Draft, kind: str, root: Dir) -> Version:
         collection=draft.name.collection,
         number=numbers[-1] + 1 if numbers else 0,
         type=kind,
-        digest=version_digest(store.tree, root, draft.algorithm),
+        digest=store.tree.digest(root, check_algorithm(draft.algorithm)),
         algorithm=check_algorithm(draft.algorithm),
         root=root,
         size=root.size,
@@ -201,13 +196,6 @@ def _create(store: NativeStore, draft: Draft, kind: str, root: Dir) -> Version:
         _check_expected(draft, newest)
         version = msgspec.structs.replace(version, number=version.number + 1)
     return version
-
-
-def version_digest(tree: Tree, root: Dir, algorithm: str) -> str:
-    """The digest users see, hex: the root directory's for BLAKE3, W&B's formula over all entries otherwise."""
-    if check_algorithm(algorithm) == BLAKE3:
-        return root.digest.hex()
-    return manifest_digest(((path, entry.digest) for path, entry in tree.listing(root)), check_algorithm(algorithm))
 
 
 def _point_aliases(store: NativeStore, draft: Draft, version: Version) -> Version:

@@ -22,8 +22,9 @@ import xxhash
 from blake3 import blake3
 from cachetools import LRUCache
 
+from artifactfs.content import manifest_digest
 from artifactfs.errors import IntegrityError
-from artifactfs.model import Dir, Entry, File, Page, Ref, Symlink, named
+from artifactfs.model import BLAKE3, Dir, Entry, Extent, File, Page, Ref, Symlink, named
 
 DIGEST_CONTEXT = "artifactfs 2026-11 directory digest v1"
 PAGE_VERSION = 1
@@ -156,14 +157,14 @@ class Tree:
                 below = self._pairs(before if old_dir else _EMPTY, after if new_dir else _EMPTY)  # type: ignore[arg-type]
                 stack.append((f"{prefix}{name}/", below))
 
-    def pages(self, root: Dir, seen: set[bytes]) -> Iterator[tuple[Page, Sequence[Entry]]]:
-        """Every page at and below ``root`` whose id is not in ``seen``, to which it is added; with a leaf's entries."""
+    def pages(self, root: Dir, seen: set[Page]) -> Iterator[tuple[Page, Sequence[Entry]]]:
+        """Every page at and below ``root`` that is not in ``seen``, to which it is added; with a leaf's entries."""
         stack = [(root.page, _MAX_LEVEL)]
         while stack:
             page, level = stack.pop()
-            if page is None or page.id in seen:
+            if page is None or page in seen:
                 continue
-            seen.add(page.id)
+            seen.add(page)
             decoded = self._read(page, level)
             if decoded.level:
                 yield page, ()
@@ -189,6 +190,12 @@ class Tree:
     def _by_path(self, directory: Dir) -> Iterator[Entry]:
         # "a-b" sorts before "a/x" but after the directory "a": directories sort with their slash.
         return iter(sorted(self.entries(directory), key=lambda entry: entry.name + "/" * isinstance(entry, Dir)))
+
+    def digest(self, root: Dir, algorithm: str) -> str:
+        """The digest that users see of a version, hex: its root directory's for BLAKE3, W&B's formula over all entries else."""
+        if algorithm == BLAKE3:
+            return root.digest.hex()
+        return manifest_digest(((path, entry.digest) for path, entry in self.listing(root)), algorithm)
 
     def update(self, base: Dir | None, changes: Iterable[tuple[str, Entry | None]], store_page: StorePage) -> Dir:
         """``base`` with ``changes`` (ascending names; None deletes, absent or not) as a directory named "".
@@ -426,6 +433,11 @@ def weight(entry: Entry) -> int:
     if isinstance(entry, Ref):
         return size + len(entry.uri) + len(entry.digest) + sum(len(key) + len(str(value)) for key, value in entry.extra.items())
     return size
+
+
+def forget_page(data: bytes) -> Page:
+    """A ``store_page`` that stores nothing: for digests alone."""
+    return Page(blake3(data).digest(), Extent(b"", 0, len(data)))
 
 
 def _digest(value: object) -> bytes:

@@ -66,9 +66,12 @@ class NativeStore:
         return [_unquote(name) for name in self.objects.folders(f"catalog/{_quote(entity)}/")]
 
     def collections(self, entity: str, project: str) -> list[Collection]:
-        names = self.objects.folders(f"catalog/{_quote(entity)}/{_quote(project)}/")
-        found = (self._collection(ArtifactName(entity, project, name)) for name in names)
+        found = (self._collection(ArtifactName(entity, project, name)) for name in self.collection_names(entity, project))
         return [collection for collection, _ in found if collection is not None]
+
+    def collection_names(self, entity: str, project: str) -> list[str]:
+        """The names of all collections there ever were in a project, sorted."""
+        return [_unquote(name) for name in self.objects.folders(f"catalog/{_quote(entity)}/{_quote(project)}/")]
 
     def collection(self, name: ArtifactName) -> Collection:
         collection, _ = self._collection(name)
@@ -213,12 +216,12 @@ class NativeStore:
 
     # Contents
 
-    def local_content(self, file: File) -> LocalContent | None:
+    def local_content(self, file: File, recheck: bool = False) -> LocalContent | None:
+        """As the protocol says; ``recheck``: every block is checked, also those that this process has checked before."""
         if self.objects.path("") is None:
             return None
-        return LocalExtents(
-            self.objects, file.id, file.size, self.extents(file), self._block_digests(file), self._checks.of(file.id)
-        )
+        checks = {} if recheck else self._checks.of(file.id)
+        return LocalExtents(self.objects, file.id, file.size, self.extents(file), self._block_digests(file), checks)
 
     def source(self, file: File) -> ExtentSource:
         return ExtentSource(self.objects, file.id, file.size, self.extents(file))
@@ -345,7 +348,7 @@ class NativeStore:
 
     def _nearest(self, name: ArtifactName) -> str:
         """A hint for a mistyped name."""
-        names = [_unquote(folder) for folder in self.objects.folders(f"catalog/{_quote(name.entity)}/{_quote(name.project)}/")]
+        names = self.collection_names(name.entity, name.project)
         return f"; {name.entity}/{name.project} has: {', '.join(names[:8])}" if names else ""
 
 
