@@ -21,6 +21,7 @@ __all__ = [
     "Expanded",
     "Source",
     "WholeOnly",
+    "check_readable",
     "expand",
     "is_local",
     "is_pinned",
@@ -64,9 +65,9 @@ def expand(
 
 def open_reference(ref: Ref, deadline: float = DEADLINE) -> Source:
     """The pinned bytes of ``ref``, whose size must be known. No I/O. UsageError for a scheme that cannot be read."""
+    check_readable(ref)
     if is_local(ref):
         return file.FileSource(ref)
-    _check_readable(ref)
     from artifactfs.references import web  # requests costs 0.2 s: only for those who have such references
 
     return web.WebSource(ref, deadline)
@@ -90,7 +91,7 @@ def resolve(ref: Ref, deadline: float = DEADLINE) -> Ref:
     """
     if is_pinned(ref):
         return ref
-    _check_readable(ref)
+    check_readable(ref)
     from artifactfs.references import web  # requests costs 0.2 s: only for those who have such references
 
     return web.resolve(ref, deadline)
@@ -105,7 +106,8 @@ def _checked_scheme(uri: str) -> str:
     return scheme
 
 
-def _check_readable(ref: Ref) -> None:
+def check_readable(ref: Ref) -> None:
+    """UsageError for a reference that no scheme of ours can read."""
     scheme = scheme_of(ref.uri)
     if scheme not in (*_WEB, "file"):
         raise UsageError(f"reference {ref.uri[:200]!r} is only tracked: scheme {scheme!r} is not recognized, it cannot be read")

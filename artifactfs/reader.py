@@ -1,0 +1,929 @@
+"""Handles: checked reads of entries, wherever their bytes lie.
+
+Three ways lead to the bytes. Content of a local store is read by the store itself. A ``file://`` reference is read where it
+is, each block checked. Everything else goes through the cache in blocks: what is there is read from it, a miss joins the
+fetch that is already under way for that block or starts one, and blocks are released one by one as they arrive and pass
+their check. A block that fails it is fetched once more, then its readers get an IntegrityError. Wrong bytes are neither
+served nor cached. What the cache does not take (none, disk full) is kept in memory for a while.
+
+Reading in sequence opens a window that doubles as it is used up and is fetched by several streams; a far seek closes it and
+fetches the blocks touched, no more. A remote that sends only whole contents is streamed once from its first byte, and its
+blocks are cached as they pass.
+
+Threads: every public method may be called from any thread. ``Reader._lock`` guards all shared state; it is never held
+during I/O beyond a look whether the cache has a block. Each fetch has a thread of its own, so no stalled remote keeps
+others waiting; who waits for a block gives up when its fetch has made no progress for the deadline, and takes the fetch
+away with it. Errors belong to those who wait; the next read tries again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from queue import Empty, SimpleQueue
+from typing import Generic, Protocol, TypeAlias, TypeVar
+
+from cachetools import LRUCache
+
+from artifactfs.cache import BlockCache, CachedContent
+from artifactfs.content import DIGEST_SIZE, block_digest, check_block_list
+from artifactfs.errors import ArtifactFSError, IntegrityError, NetworkError, OfflineError, SourceChangedError
+from artifactfs.model import BLOCK, File, Ref, block_count, reference_key
+from artifactfs.references import (
+    DEADLINE,
+    Source,
+    WholeOnly,
+    check_readable,
+    is_local,
+    is_pinned,
+    open_reference,
+    resolve,
+    source_key,
+)
+from artifactfs.store import LocalContent, Store
+
+log = logging.getLogger(__name__)
+
+BUDGET = 64 << 20
+"""Bytes that may be asked for and not yet here, ahead of what is read."""
+
+_FORWARD = 16 << 20  # a seek this far ahead, or
+_BACKWARD = 1 << 20  # this far back, leaves the window open: parallel readers and the kernel's readahead come out of order
+_RUN = 256 << 10  # two of the kernel's reads in sequence open the window; one alone may be a header
+_WINDOW_MIN = 2 * BLOCK
+_WINDOW_MAX = 32 * BLOCK
+_PART_MAX = 8  # blocks of a prefetch: of a window of 32 MiB four streams get one part each
+_DEMAND = 4  # blocks of a fetch that somebody waits for: large enough for the link, small enough for several streams
+_STEP = 8 * BLOCK  # a read of more is served in steps of this size
+_STREAMS = 8  # a content
+_MEMORY = 64 * BLOCK  # blocks that the cache did not take, and checked blocks of local references
+_PAUSE = 10.0  # seconds that a whole content waits, with nowhere to keep its blocks, for somebody to read on
+_IDLE = 10.0  # seconds until a thread without work ends
+_PROGRESS = 16 << 10  # bytes; a remote that drips less must not keep its readers waiting
+_RESOLVED = 65536  # references whose size was asked for
+_LIST = -1  # the block list, as a block number
+
+Entry: TypeAlias = File | Ref
+
+
+class Handle(Protocol):
+    """An open entry. Threads may share it."""
+
+    size: int
+    """In bytes; -1 for a reference of unknown size until the first read."""
+
+    def read(self, offset: int, size: int) -> bytes:
+        """``size`` bytes from ``offset``, fewer only at the end, none behind it."""
+
+    def close(self) -> None:
+        """Let go of it. Idempotent."""
+
+
+class Reader:
+    """Opens entries of ``store``. ``cache`` None: nothing is kept on disk. ``offline``: what is neither local nor cached is an
+    OfflineError, and no connection is made. ``budget``: see :data:`BUDGET`. ``deadline``: seconds without progress until a
+    read is given up with a NetworkError."""
+
+    def __init__(
+        self,
+        store: Store,
+        cache: BlockCache | None,
+        *,
+        offline: bool = False,
+        budget: int = BUDGET,
+        deadline: float = DEADLINE,
+    ) -> None:
+        self.store = store
+        self.cache = cache
+        self.offline = offline
+        self.budget = budget
+        self.deadline = deadline
+        self._lock = threading.Lock()
+        self._workers = _Workers()
+        self._contents: dict[tuple[bytes, int, str], _Content] = {}
+        self._memory: LRUCache[tuple[bytes, int], bytes] = LRUCache(_MEMORY, getsizeof=len)
+        self._resolved: LRUCache[bytes, Ref] = LRUCache(_RESOLVED)
+        self._resolving: dict[bytes, _Result[Ref]] = {}
+        self._in_flight = 0
+        self._closed = False
+
+    def open(self, entry: Entry, where: str = "") -> Handle:
+        """A handle on the bytes of ``entry``; ``where`` (``entity/project/name:v3/path``) names it in messages. Makes no
+        connection. UsageError for a reference that cannot be read."""
+        if isinstance(entry, File):
+            local = self.store.local_content(entry)
+            if local is not None:
+                return _StoredHandle(entry.size, local)
+        elif is_local(entry):
+            return _LocalHandle(self, entry, where or entry.uri)
+        else:
+            check_readable(entry)
+        return _RemoteHandle(self, entry, where)
+
+    def size(self, ref: Ref) -> int:
+        """The size of ``ref`` in bytes. One that was not recorded is asked for once, and remembered."""
+        return ref.size if ref.size >= 0 else self.pinned(ref, ref.uri).size
+
+    def cached_bytes(self, entry: Entry) -> int:
+        """How many bytes of ``entry`` can be read without a connection."""
+        local = is_local(entry) if isinstance(entry, Ref) else self.store.local_content(entry)
+        if local:
+            if not isinstance(local, bool):
+                local.close()
+            return max(entry.size, 0)
+        if isinstance(entry, Ref) and not is_pinned(entry):
+            with self._lock:
+                entry = self._resolved.get(reference_key(entry), entry)
+        if self.cache is None or entry.size <= 0:
+            return 0
+        key = entry.id if isinstance(entry, File) else source_key(entry)
+        cached = self.cache.content(key, entry.size)
+        try:
+            return cached.cached_bytes()
+        finally:
+            cached.close()
+
+    def close(self) -> None:
+        """Stop all fetches; whoever waits for one gets an error. Idempotent."""
+        with self._lock:
+            self._closed = True
+            slots = [slot for content in self._contents.values() for slot in self._cancel_all(content)]
+        for slot in slots:
+            slot.fail(_closed_error())
+
+    def pinned(self, entry: Entry, where: str) -> Entry:
+        """``entry`` itself, or a reference that was recorded without a pin or a size as its remote has it now."""
+        if isinstance(entry, File) or is_pinned(entry):
+            return entry
+        key = reference_key(entry)
+        with self._lock:
+            known = self._resolved.get(key)
+            result = self._resolving.get(key)
+            first = known is None and result is None
+            if first:
+                self._check_online(where or entry.uri)
+                result = self._resolving[key] = _Result()
+        if known is not None:
+            return known
+        assert result is not None
+        if first:
+            self._workers.run(functools.partial(self._resolve, entry, key, result))
+        if not result.wait(self.deadline):
+            raise NetworkError(f"{where or entry.uri}: no answer within {self.deadline:g} s; check the network, then try again")
+        return result.get()
+
+    def _resolve(self, ref: Ref, key: bytes, result: _Result[Ref]) -> None:
+        try:
+            found = resolve(ref, self.deadline)
+        except BaseException as error:
+            with self._lock:
+                self._resolving.pop(key, None)
+            result.fail(error)
+            return
+        with self._lock:
+            self._resolved[key] = found
+            self._resolving.pop(key, None)
+        result.set(found)
+
+    # Contents
+
+    def acquire(self, entry: Entry, where: str) -> _Content:
+        """The shared state of a content, to be released."""
+        key, kind = (entry.id, "") if isinstance(entry, File) else (source_key(entry), entry.uri)
+        if len(key) != DIGEST_SIZE:
+            raise IntegrityError(f"{where} has a content id of {len(key)} bytes; run `artifactfs fsck`")
+        with self._lock:
+            content = self._contents.get((key, entry.size, kind))
+            if content is None:
+                cached = self.cache.content(key, entry.size) if self.cache is not None else None
+                content = _Content(self, entry, key, cached, (key, entry.size, kind))
+                self._contents[content.identity] = content
+            content.users += 1
+            return content
+
+    def release(self, content: _Content) -> None:
+        """Fetches that nobody can use any more end, but for a whole content that is being cached."""
+        with self._lock:
+            content.users -= 1
+            slots: list[_Slot] = []
+            if not content.users and not (content.whole and content.keeps):
+                slots = self._cancel_all(content)
+            self._forget_unused(content)
+        for slot in slots:
+            slot.fail(_closed_error())
+
+    def _forget_unused(self, content: _Content) -> None:
+        if not content.users and not content.fetches and self._contents.get(content.identity) is content:
+            del self._contents[content.identity]
+            if content.cached is not None:
+                content.cached.close()
+
+    def _cancel_all(self, content: _Content) -> list[_Slot]:
+        return [slot for fetch in list(content.fetches) for slot in self._cancel(fetch)]
+
+    def _cancel(self, fetch: _Fetch) -> list[_Slot]:
+        """Tell the fetch to stop and take its slots away, to be failed once the lock is free."""
+        content = fetch.content
+        fetch.cancelled = True
+        fetch.wake.set()
+        content.spools.discard(fetch)
+        self._in_flight -= fetch.left
+        fetch.left = 0
+        blocks = [block for block, slot in content.slots.items() if slot.fetch is fetch]
+        return [content.slots.pop(block) for block in blocks]
+
+    def touch(self, content: _Content, block: int) -> None:
+        """Note how far ``content`` is read: a stream that waits for that may go on."""
+        content.touched = block
+        if content.spools:
+            with self._lock:
+                for spool in content.spools:
+                    spool.wake.set()
+
+    def remember(self, key: bytes, block: int, data: bytes) -> None:
+        """Keep a checked block in memory for a while."""
+        with self._lock:
+            self._memory[key, block] = data
+
+    def recall(self, key: bytes, block: int) -> bytes | None:
+        """A block that :meth:`remember` was given."""
+        with self._lock:
+            return self._memory.get((key, block))
+
+    # Planning. Everything here runs under the lock; the fetches begin when it is free.
+
+    def want(self, content: _Content, blocks: Iterable[int], where: str, anew: bool = False) -> dict[int, _Slot | None]:
+        """Where to wait for each of ``blocks``; None for one that has come to the cache meanwhile (not with ``anew``).
+        OfflineError if one is not there and may not be fetched."""
+        with self._starting() as start, self._lock:
+            found: dict[int, _Slot | None] = {}
+            missing: list[int] = []
+            for block in blocks:
+                slot = content.slots.get(block)
+                if slot is not None or (not anew and content.has(block)):
+                    found[block] = slot
+                else:
+                    missing.append(block)
+            if missing:
+                self._check_online(where)
+            if content.whole and missing and missing[0] != _LIST:
+                self._attach(content, missing, where, start)
+            else:
+                for first, end in _runs(missing, _DEMAND):
+                    self._begin(content, first, end, where, start)
+            found.update((block, content.slots[block]) for block in missing)
+            return found
+
+    def prefetch(self, content: _Content, first: int, end: int, where: str) -> int:
+        """Begin to fetch the blocks from ``first`` to ``end`` (exclusive), as far as streams and budget allow. Returns the
+        block up to which that was done."""
+        if self.offline or content.whole:
+            return first
+        part = min(max((end - first) // 4, 1), _PART_MAX)
+        with self._starting() as start, self._lock:
+            missing = [block for block in range(first, end) if block not in content.slots and not content.has(block)]
+            for low, high in _runs(missing, part):
+                room = self.budget - self._in_flight >= (high - low) * BLOCK
+                if self._closed or not room or len(content.fetches) >= _STREAMS:
+                    return low
+                self._begin(content, low, high, where, start)
+        return end
+
+    @contextmanager
+    def _starting(self) -> Iterator[list[_Fetch]]:
+        """Collects fetches; their threads are started at the end, even after an error. To be entered before the lock."""
+        fetches: list[_Fetch] = []
+        try:
+            yield fetches
+        finally:
+            for fetch in fetches:
+                try:
+                    self._workers.run(functools.partial(self._run, fetch))
+                except RuntimeError as error:  # no more threads
+                    self._end(fetch, ArtifactFSError(f"{fetch.where} cannot be fetched: {error}"))
+
+    def _begin(self, content: _Content, first: int, end: int, where: str, start: list[_Fetch], whole: bool = False) -> _Fetch:
+        fetch = _Fetch(content, first, end, where, whole=whole)
+        content.fetches.add(fetch)
+        if whole:
+            content.spools.add(fetch)
+        else:
+            content.slots.update((block, _Slot(fetch)) for block in range(first, end))
+            fetch.left = sum(content.length(block) for block in range(max(first, 0), end))
+            self._in_flight += fetch.left
+        start.append(fetch)
+        return fetch
+
+    def _attach(self, content: _Content, blocks: list[int], where: str, start: list[_Fetch]) -> None:
+        """Let a stream of the whole content that has not passed ``blocks`` yet deliver them."""
+        ahead = [fetch for fetch in content.spools if fetch.position <= blocks[0]]
+        spool = max(ahead, key=lambda fetch: fetch.position) if ahead else None
+        if spool is None:
+            spool = self._begin(content, 0, block_count(content.size), where, start, whole=True)
+        content.slots.update((block, _Slot(spool)) for block in blocks)
+        spool.wake.set()
+
+    def _check_online(self, where: str) -> None:
+        if self._closed:
+            raise _closed_error()
+        if self.offline:
+            raise OfflineError(f"{where} is not in the cache, and offline nothing is fetched; run `artifactfs warm` when online")
+
+    # Waiting
+
+    def wait(self, content: _Content, block: int, slot: _Slot | None, where: str) -> bytes | None:
+        """The bytes of ``block`` once they are there; None for one that has come to the cache."""
+        limit = time.monotonic() + self.deadline
+        while slot is not None:
+            if slot.wait(max(limit - time.monotonic(), 0.0)):
+                if not slot.cancelled:
+                    return slot.get()
+                slot = self.want(content, [block], where)[block]
+                continue
+            limit = max(limit, slot.fetch.moved + self.deadline)
+            if limit <= time.monotonic():
+                self._give_up(slot.fetch)
+                text = f"{where}: {content.where()} made no progress in {self.deadline:g} s; check the network, then try again"
+                raise NetworkError(text)
+        return None
+
+    def _give_up(self, fetch: _Fetch) -> None:
+        """Take a stalled fetch out of the way: its other readers, who may have waited less, start another."""
+        with self._lock:
+            slots = self._cancel(fetch)
+        for slot in slots:
+            slot.cancel()
+
+    # Fetching, each in a thread of its own
+
+    def _run(self, fetch: _Fetch) -> None:
+        error: BaseException | None = None
+        try:
+            if fetch.first == _LIST:
+                fetch.content.fetch_list()
+            else:
+                self._fetch(fetch)
+        except _StoppedError:
+            pass
+        except BaseException as caught:  # whatever it is, those who wait must hear of it
+            error = caught
+        self._end(fetch, error)
+
+    def _end(self, fetch: _Fetch, error: BaseException | None) -> None:
+        content = fetch.content
+        with self._lock:
+            content.fetches.discard(fetch)
+            slots = self._cancel(fetch)
+            self._forget_unused(content)
+        for slot in slots:
+            if error is not None:
+                slot.fail(error)
+            elif fetch.first == _LIST:
+                slot.set(b"")
+            else:
+                slot.cancel()
+
+    def _fetch(self, fetch: _Fetch) -> None:
+        content = fetch.content
+        offset = fetch.first * BLOCK
+        try:
+            self._receive(fetch, content.source().fetch(offset, min(fetch.end * BLOCK, content.size) - offset))
+        except WholeOnly as whole:
+            if self._widen(fetch):
+                self._receive(fetch, whole.stream)
+            else:
+                _close(whole.stream)
+
+    def _widen(self, fetch: _Fetch) -> bool:
+        """The remote sends the whole content where a part was asked for: whether this fetch goes on to take all of it. If
+        another does so already, that one delivers what this one was for."""
+        content = fetch.content
+        with self._lock:
+            content.whole = True
+            mine = [block for block, slot in content.slots.items() if slot.fetch is fetch]
+            for spool in content.spools:
+                if not spool.cancelled and all(spool.position <= block for block in mine):
+                    for block in mine:
+                        content.slots[block].fetch = spool
+                    spool.wake.set()
+                    return False
+            self._in_flight -= fetch.left
+            fetch.left = 0
+            fetch.whole, fetch.first, fetch.end, fetch.position = True, 0, block_count(content.size), 0
+            content.spools.add(fetch)
+            return True
+
+    def _receive(self, fetch: _Fetch, stream: Iterator[bytes]) -> None:
+        """Cut the stream into blocks and deliver each."""
+        block, parts, have = fetch.first, [], 0
+        need = fetch.content.length(block)
+        try:
+            for piece in stream:
+                fetch.arrived(len(piece))
+                view = memoryview(piece)
+                while len(view):
+                    parts.append(view[: need - have])
+                    view = view[len(parts[-1]) :]
+                    have += len(parts[-1])
+                    if have < need:
+                        continue
+                    self._take(fetch, block, b"".join(parts))
+                    block, parts, have = block + 1, [], 0
+                    if block == fetch.end:
+                        return
+                    need = fetch.content.length(block)
+        finally:
+            _close(stream)
+        raise IntegrityError(f"{fetch.content.where()} ended within block {block}; try again")
+
+    def _take(self, fetch: _Fetch, block: int, data: bytes) -> None:
+        """Check and deliver one block; one that fails is fetched once more."""
+        content = fetch.content
+        if not content.matches(block, data):
+            log.warning("%s: block %d from %s fails its check; it is fetched again", fetch.where, block, content.where())
+            data = content.fetch_block(block)
+            if not content.matches(block, data):
+                self._reject(fetch, block)
+                return
+        self._deliver(fetch, block, data)
+        if fetch.whole and not content.keeps:
+            self._pause(fetch)
+
+    def _deliver(self, fetch: _Fetch, block: int, data: bytes) -> None:
+        content = fetch.content
+        kept = content.keep(block, data, replace=not fetch.whole)
+        with self._lock:
+            if not kept:
+                self._memory[content.key, block] = data
+            slot = self._passed(fetch, block)
+        if slot is not None:
+            slot.set(data)
+
+    def _reject(self, fetch: _Fetch, block: int) -> None:
+        error = fetch.content.damaged(block, fetch.where)
+        log.error("%s", error)
+        with self._lock:
+            slot = self._passed(fetch, block)
+        if slot is not None:
+            slot.fail(error)
+
+    def _passed(self, fetch: _Fetch, block: int) -> _Slot | None:
+        """Account for a block that is done; its slot, whichever fetch it was waiting for."""
+        fetch.position = block + 1
+        done = min(fetch.left, fetch.content.length(block))  # nothing is left of a cancelled fetch, or of a whole content
+        fetch.left -= done
+        self._in_flight -= done
+        return fetch.content.slots.pop(block, None)
+
+    def _pause(self, fetch: _Fetch) -> None:
+        """Nothing keeps the blocks of this stream but a little memory: go on only as its readers do."""
+        content = fetch.content
+        slack = _MEMORY // BLOCK // 4
+        while True:
+            with self._lock:
+                fetch.wake.clear()
+                wanted = any(slot.fetch is fetch for slot in content.slots.values())
+                if wanted or fetch.position <= content.touched + slack:
+                    return
+            if not fetch.wake.wait(_PAUSE):
+                with self._lock:
+                    if not any(slot.fetch is fetch for slot in content.slots.values()):
+                        content.spools.discard(fetch)
+                        raise _StoppedError
+            if fetch.cancelled:
+                raise _StoppedError
+
+
+class _Content:
+    """One content while it is open: its source, its part of the cache, its block digests, and what is under way for it.
+
+    ``slots``, ``fetches``, ``spools``, ``whole``, ``touched`` and ``users`` belong to the reader's lock.
+    """
+
+    def __init__(
+        self, reader: Reader, entry: Entry, key: bytes, cached: CachedContent | None, identity: tuple[bytes, int, str]
+    ) -> None:
+        self.entry = entry
+        self.key = key
+        self.size = entry.size
+        self.cached = cached
+        self.identity = identity
+        self.users = 0
+        self.slots: dict[int, _Slot] = {}
+        self.fetches: set[_Fetch] = set()
+        self.spools: set[_Fetch] = set()
+        self.whole = False
+        self.touched = 0
+        self.keeps = cached is not None
+        self._reader = reader
+        self._source: Source | None = None
+        self._digests: bytes | None = None
+        if not entry.id or entry.size <= BLOCK:
+            self._digests = entry.id
+
+    def source(self) -> Source:
+        if self._source is None:
+            entry, reader = self.entry, self._reader
+            self._source = reader.store.source(entry) if isinstance(entry, File) else open_reference(entry, reader.deadline)
+        return self._source
+
+    def where(self) -> str:
+        """What the bytes come from, for messages."""
+        return self._source.where if self._source is not None else f"content {self.key.hex()}"
+
+    def length(self, block: int) -> int:
+        return min(BLOCK, self.size - block * BLOCK)
+
+    def has(self, block: int) -> bool:
+        """Whether :meth:`peek` will probably find it. Call it with the reader's lock held."""
+        if block == _LIST:
+            return self._digests is not None
+        return (self.cached is not None and self.cached.has(block)) or (self.key, block) in self._reader._memory
+
+    def peek(self, block: int, start: int, size: int) -> bytes | None:
+        """``size`` bytes from ``start`` of a block that is cached; its digest must be known by now."""
+        data = self.cached.read(block, start, size, self._digest(block)) if self.cached is not None else None
+        if data is None:
+            kept = self._reader.recall(self.key, block)
+            data = kept[start : start + size] if kept is not None else None
+        return data
+
+    def keep(self, block: int, data: bytes, replace: bool) -> bool:
+        """Whether the cache has it now."""
+        cached = self.cached
+        self.keeps = cached is not None and (
+            (not replace and cached.has(block)) or cached.write(block, data, self._digest(block))
+        )
+        return self.keeps
+
+    def matches(self, block: int, data: bytes) -> bool:
+        """Whether ``data`` can be this block; anything can where no content id is known: then the pin vouches for it."""
+        digest = self._digest(block)
+        return not digest or block_digest(data) == digest
+
+    def fetch_block(self, block: int) -> bytes:
+        """One block, straight from the source."""
+        offset, size = block * BLOCK, self.length(block)
+        try:
+            return b"".join(self.source().fetch(offset, size))
+        except WholeOnly as whole:
+            return _cut(whole.stream, offset, size)
+
+    def damaged(self, block: int, where: str) -> IntegrityError:
+        """The error for a block that failed its check twice. Where nothing but the content id pins the target, it changed."""
+        if isinstance(self.entry, Ref) and not self.entry.extra:
+            return SourceChangedError(f"{where}: {self.where()} is no longer what was recorded (block {block}); add it again")
+        text = f"{where}: block {block} from {self.where()} does not match its recorded digest, fetched twice"
+        return IntegrityError(f"{text}; run `artifactfs verify`")
+
+    def prepare(self, where: str) -> None:
+        """Make sure that the block digests are known, if they are recorded at all."""
+        if self._digests is None and not self._load_cached_list():
+            slot = self._reader.want(self, [_LIST], where)[_LIST]
+            self._reader.wait(self, _LIST, slot, where)
+
+    def _load_cached_list(self) -> bool:
+        data = self.cached.get_list() if self.cached is not None else None
+        if not data:
+            return False
+        try:
+            self._digests = check_block_list(self.entry.id, self.size, data, "the cache")
+        except IntegrityError:
+            return False
+        return True
+
+    def fetch_list(self) -> None:
+        entry = self.entry
+        file = entry if isinstance(entry, File) else File(entry.name, entry.size, entry.executable, entry.id, blocks=entry.blocks)
+        blocks = check_block_list(entry.id, self.size, self._reader.store.block_list(file), self.where())
+        if self.cached is not None:
+            self.cached.set_list(blocks)
+        self._digests = blocks
+
+    def _digest(self, block: int) -> bytes:
+        """The BLAKE3 of a block; "" if none is recorded."""
+        return self._digests[block * DIGEST_SIZE : (block + 1) * DIGEST_SIZE] if self._digests else b""
+
+
+class _RemoteHandle:
+    """Reads through the cache. ``_next``, ``_run``, ``_window`` and ``_ahead`` tell whether it is read in sequence."""
+
+    def __init__(self, reader: Reader, entry: Entry, where: str) -> None:
+        self.size = entry.size
+        self._reader = reader
+        self._entry = entry
+        self._where = where or (entry.uri if isinstance(entry, Ref) else entry.name)
+        self._lock = threading.Lock()
+        self._content: _Content | None = None
+        self._closed = False
+        self._next = -1  # where the furthest read ended; -1 before the first
+        self._run = 0  # bytes read in sequence up to there
+        self._window = 0  # bytes to have under way ahead of it
+        self._ceiling = _WINDOW_MAX
+        self._ahead = 0  # the block up to which fetching was begun
+
+    def read(self, offset: int, size: int) -> bytes:
+        content = self._open()
+        end = min(offset + size, content.size)
+        if offset < 0 or offset >= end:
+            return b""
+        content.prepare(self._where)
+        target = self._advance(offset, end)
+        parts: list[bytes] = []
+        while offset < end:
+            stop = min(end, (offset // _STEP + 1) * _STEP)
+            parts += self._read_step(content, offset, stop, max(target, -(-end // BLOCK)))
+            offset = stop
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def close(self) -> None:
+        with self._lock:
+            content, self._content, self._closed = self._content, None, True
+        if content is not None:
+            self._reader.release(content)
+
+    def _open(self) -> _Content:
+        content = self._content
+        if content is not None:
+            return content
+        entry = self._reader.pinned(self._entry, self._where)
+        with self._lock:
+            if self._closed:
+                raise ArtifactFSError(f"{self._where} was closed; open it again")
+            if self._content is None:
+                self._content = self._reader.acquire(entry, self._where)
+                self.size = entry.size
+            return self._content
+
+    def _read_step(self, content: _Content, offset: int, end: int, target: int) -> list[bytes]:
+        """The bytes from ``offset`` to ``end``, block by block; before the first wait begins the fetching of what lies ahead,
+        up to block ``target``."""
+        blocks = range(offset // BLOCK, -(-end // BLOCK))
+        spans = {block: (max(offset - block * BLOCK, 0), min(end - block * BLOCK, BLOCK)) for block in blocks}
+        found = {block: content.peek(block, low, high - low) for block, (low, high) in spans.items()}
+        missing = [block for block, data in found.items() if data is None]
+        if missing and missing[0] < self._ahead and missing[0] not in content.slots:
+            self._narrow()
+        slots = self._reader.want(content, missing, self._where) if missing else {}
+        self._look_ahead(content, blocks.stop, target)
+        parts: list[bytes] = []
+        for block, (low, high) in spans.items():
+            data = found[block]
+            parts.append(self._receive(content, block, slots[block], low, high) if data is None else data)
+        return parts
+
+    def _receive(self, content: _Content, block: int, slot: _Slot | None, low: int, high: int) -> bytes:
+        """The bytes ``low`` to ``high`` of a block that was not there a moment ago."""
+        while True:
+            data = self._reader.wait(content, block, slot, self._where)
+            if data is not None:
+                return data if (low, high) == (0, len(data)) else data[low:high]
+            data = content.peek(block, low, high - low)
+            if data is not None:
+                return data
+            slot = self._reader.want(content, [block], self._where, anew=True)[block]
+
+    def _advance(self, offset: int, end: int) -> int:
+        """Take note of a read; the block up to which to fetch ahead."""
+        with self._lock:
+            gap = offset - self._next
+            if self._next < 0 or not -_BACKWARD <= gap <= _FORWARD:
+                self._next, self._run, self._window, self._ahead, self._ceiling = end, 0, 0, 0, _WINDOW_MAX
+                return 0
+            if abs(gap) <= BLOCK:
+                self._run += max(end - self._next, 0)
+            self._next = max(self._next, end)
+            if self._run >= _RUN and self._next + self._window // 2 >= self._ahead * BLOCK:
+                self._window = min(max(self._window * 2, _WINDOW_MIN), self._ceiling)
+            return -(-(self._next + self._window) // BLOCK) if self._window else 0
+
+    def _narrow(self) -> None:
+        """What was fetched ahead was evicted before it was read: do not go so far ahead again in this run."""
+        with self._lock:
+            self._ceiling = self._window = max(self._window // 4, BLOCK)
+
+    def _look_ahead(self, content: _Content, next_block: int, target: int) -> None:
+        """Begin to fetch what lies ahead of ``next_block``, up to block ``target``, as far as the window may reach."""
+        self._reader.touch(content, next_block - 1)
+        with self._lock:
+            if not content.keeps:
+                self._ceiling = min(self._ceiling, _MEMORY // 8)
+            first = max(next_block, self._ahead)
+            target = min(target, block_count(content.size), next_block + self._ceiling // BLOCK)
+        if first < target:
+            done = self._reader.prefetch(content, first, target, self._where)
+            with self._lock:
+                self._ahead = max(self._ahead, done)
+
+
+class _StoredHandle:
+    """Content of a local store, which checks its blocks itself."""
+
+    def __init__(self, size: int, content: LocalContent) -> None:
+        self.size = size
+        self._content = content
+
+    def read(self, offset: int, size: int) -> bytes:
+        return self._content.read(offset, size)
+
+    def close(self) -> None:
+        self._content.close()
+
+
+class _LocalHandle:
+    """A ``file://`` reference. Where its content id is known every byte comes from a block that was checked after it was
+    read; otherwise the file must at least have the recorded size."""
+
+    def __init__(self, reader: Reader, ref: Ref, where: str) -> None:
+        self.size = ref.size
+        self._reader = reader
+        self._where = where
+        check_readable(ref)
+        self._content = reader.acquire(ref, where)
+        self._checked = bool(ref.id)
+        self._released = False
+
+    def read(self, offset: int, size: int) -> bytes:
+        end = min(offset + size, self.size)
+        if offset < 0 or offset >= end:
+            return b""
+        if not self._checked:
+            return b"".join(self._content.source().fetch(offset, end - offset))
+        self._content.prepare(self._where)
+        parts: list[bytes] = []
+        while offset < end:
+            block, start = divmod(offset, BLOCK)
+            data = self._block(block)[start : min(end - block * BLOCK, BLOCK)]
+            parts.append(data)
+            offset += len(data)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def close(self) -> None:
+        if not self._released:
+            self._released = True
+            self._reader.release(self._content)
+
+    def _block(self, block: int) -> bytes:
+        """A checked block; what was checked stays right whatever becomes of the file."""
+        content = self._content
+        data = self._reader.recall(content.key, block)
+        if data is None:
+            data = content.fetch_block(block)
+            if not content.matches(block, data):
+                error = content.damaged(block, self._where)
+                log.error("%s", error)
+                raise error
+            self._reader.remember(content.key, block, data)
+        return data
+
+
+_T = TypeVar("_T")
+
+
+class _Result(Generic[_T]):
+    """A value that one thread sets, once, and others wait for."""
+
+    def __init__(self) -> None:
+        self._done = threading.Event()
+        self._value: _T | None = None
+        self._error: BaseException | None = None
+
+    def set(self, value: _T) -> None:
+        self._value = value
+        self._done.set()
+
+    def fail(self, error: BaseException) -> None:
+        self._error = error
+        self._done.set()
+
+    def wait(self, seconds: float) -> bool:
+        return self._done.wait(seconds)
+
+    def get(self) -> _T:
+        """The value, or the error that came instead, once :meth:`wait` said that it is there."""
+        if self._error is not None:
+            raise self._error
+        assert self._value is not None
+        return self._value
+
+
+class _Slot(_Result[bytes]):
+    """Where readers wait for a block. ``fetch`` is to deliver it."""
+
+    def __init__(self, fetch: _Fetch) -> None:
+        super().__init__()
+        self.fetch = fetch
+        self.cancelled = False
+
+    def cancel(self) -> None:
+        """The fetch was given up, for no fault of the block: who waits should ask again."""
+        self.cancelled = True
+        self._done.set()
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class _Fetch:
+    """One stream of the blocks from ``first`` to ``end`` (exclusive). ``left`` is what counts against the budget; ``position``
+    the next block; ``moved`` when it last made progress. ``whole``: it streams the content from its beginning, and delivers
+    whatever block is waited for when it passes."""
+
+    content: _Content
+    first: int
+    end: int
+    where: str
+    whole: bool = False
+    left: int = 0
+    position: int = 0
+    moved: float = dataclasses.field(default_factory=time.monotonic)
+    cancelled: bool = False
+    wake: threading.Event = dataclasses.field(default_factory=threading.Event)
+    _bytes: int = 0
+
+    def arrived(self, size: int) -> None:
+        """Count ``size`` bytes; _StoppedError if nobody wants more."""
+        if self.cancelled:
+            raise _StoppedError
+        self._bytes += size
+        if self._bytes >= _PROGRESS:
+            self._bytes = 0
+            self.moved = time.monotonic()
+
+
+class _StoppedError(Exception):
+    """A fetch that nobody needs any more."""
+
+
+class _Workers:
+    """Runs every task at once, on an idle thread if there is one. The threads do not keep the process alive."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._idle = 0
+        self._tasks: SimpleQueue[Callable[[], None]] = SimpleQueue()
+
+    def run(self, task: Callable[[], None]) -> None:
+        """RuntimeError if the system has no more threads."""
+        with self._lock:
+            reuse = self._idle > 0
+            self._idle -= reuse
+        if reuse:
+            self._tasks.put(task)
+        else:
+            threading.Thread(target=self._work, args=(task,), name="artifactfs-fetch", daemon=True).start()
+
+    def _work(self, task: Callable[[], None]) -> None:
+        while True:
+            task()
+            del task  # or its blocks would live as long as this thread is idle
+            with self._lock:
+                self._idle += 1
+            try:
+                task = self._tasks.get(timeout=_IDLE)
+            except Empty:
+                with self._lock:
+                    if self._idle > 0:
+                        self._idle -= 1
+                        return
+                task = self._tasks.get()  # our place was given to a task that is just being put
+
+
+def _runs(blocks: list[int], most: int) -> Iterator[tuple[int, int]]:
+    """The ascending ``blocks`` as (first, end) of unbroken runs of at most ``most``."""
+    first = 0
+    for index in range(1, len(blocks) + 1):
+        if index == len(blocks) or blocks[index] != blocks[index - 1] + 1 or index - first == most:
+            yield blocks[first], blocks[index - 1] + 1
+            first = index
+
+
+def _cut(stream: Iterator[bytes], offset: int, size: int) -> bytes:
+    """The ``size`` bytes from ``offset`` of a stream; fewer if it ends before."""
+    parts: list[bytes] = []
+    end = offset + size
+    position = 0
+    try:
+        for piece in stream:
+            if position + len(piece) > offset:
+                parts.append(piece[max(offset - position, 0) : end - position])
+            position += len(piece)
+            if position >= end:
+                break
+    finally:
+        _close(stream)
+    return b"".join(parts)
+
+
+def _close(stream: Iterator[bytes]) -> None:
+    """End a stream before its end, so that its connection is free at once."""
+    close = getattr(stream, "close", None)
+    if close is not None:
+        close()
+
+
+def _closed_error() -> ArtifactFSError:
+    return ArtifactFSError("the read was ended: its file or mount was closed")
