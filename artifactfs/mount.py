@@ -1,0 +1,503 @@
+"""The FUSE adapter: decode what libfuse asks, call the tree, encode what it says. The only importer of ``fuse`` (fusepy).
+
+fusepy gives the loading of libfuse 2, its structures, and the call of ``fuse_main``. Its translation of every operation is
+replaced here by one that copies less, keeps names that are not UTF-8 (surrogateescape), reads directories as they are asked
+for, and lets no exception past: an error of ``errors.py`` and an OSError answer with their errno, anything else is a bug, which
+is logged with its traceback and answered with EIO.
+
+Only operations that are needed are defined, because each one that is defined is a round trip: no ``flush``, no ``access``
+(``default_permissions`` has the kernel check), no locks (the kernel's own are right: all users of a mount are on this machine).
+
+Importing this module raises MountError where libfuse 2 is not installed.
+
+Threads: libfuse calls from many threads, or from one where :class:`Options` says so; :meth:`Session.stop` may be called from
+any, :meth:`Session.run` must be called in the main thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import itertools
+import logging
+import os
+import signal
+import stat
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from cachetools import TTLCache
+
+from artifactfs import mountpoint
+from artifactfs.errors import ArtifactFSError, MountError
+from artifactfs.model import Attributes, Space
+from artifactfs.view import DirItem, FileTree
+
+
+def _find_libfuse() -> None:
+    """Spare fusepy's search, which starts ldconfig or even a compiler, where the usual name of the library will do."""
+    if sys.platform == "linux" and "FUSE_LIBRARY_PATH" not in os.environ:
+        with contextlib.suppress(OSError):
+            ctypes.CDLL("libfuse.so.2")
+            os.environ["FUSE_LIBRARY_PATH"] = "libfuse.so.2"
+
+
+_find_libfuse()
+try:
+    import fuse
+except (OSError, AttributeError) as missing:
+    _install = (
+        "on macOS, macFUSE" if sys.platform == "darwin" else "`apt install libfuse2 fuse3` (Fedora: `dnf install fuse-libs fuse`)"
+    )
+    raise MountError(f"libfuse 2 cannot be loaded ({missing}), so nothing can be mounted: install it, {_install}") from None
+
+log = logging.getLogger(__name__)
+
+FOREVER = 86400.0
+"""Seconds for which the kernel may keep what it knows about a version: it cannot change."""
+
+_MAX_READ = 128 << 10  # the most that one request of libfuse 2's protocol can ask for
+_STAT_BLOCK = 512  # statfs counts in these: fine enough for a version of a few files to show its size
+_REPEATS = 10.0  # seconds for which the same failure is not logged again: a program may retry in a loop
+
+_READING = (
+    "getattr",
+    "readlink",
+    "open",
+    "read",
+    "release",
+    "statfs",
+    "getxattr",
+    "listxattr",
+    "opendir",
+    "readdir",
+    "releasedir",
+)
+_WRITING = (
+    *("fgetattr", "create", "write", "truncate", "ftruncate", "fsync", "fsyncdir", "mknod", "mkdir", "rmdir", "unlink", "rename"),
+    *("symlink", "link", "chmod", "chown", "utimens", "setxattr", "removexattr"),
+)
+
+
+class WritableTree(Protocol):
+    """What a staging mount asks of ``staging.Stage`` besides :class:`FileTree`'s calls; errors are as there."""
+
+    def getattr(self, path: str, fh: int | None = None) -> Attributes: ...
+    def readdir(self, path: str) -> Iterable[tuple[str, int, int]]: ...
+    def readlink(self, path: str) -> str: ...
+    def create(self, path: str, mode: int, flags: int, owner: tuple[int, int]) -> int: ...
+    def open(self, path: str, flags: int) -> int: ...
+    def read(self, fh: int, size: int, offset: int) -> bytes: ...
+    def write(self, fh: int, data: bytes, offset: int) -> int: ...
+    def truncate(self, path: str, size: int) -> None: ...
+    def ftruncate(self, fh: int, size: int) -> None: ...
+    def fsync(self, fh: int, datasync: bool) -> None: ...
+    def fsyncdir(self, path: str) -> None: ...
+    def release(self, fh: int) -> None: ...
+    def mkdir(self, path: str, mode: int, owner: tuple[int, int]) -> None: ...
+    def rmdir(self, path: str) -> None: ...
+    def unlink(self, path: str) -> None: ...
+    def rename(self, old: str, new: str) -> None: ...
+    def symlink(self, target: str, path: str, owner: tuple[int, int]) -> None: ...
+    def link(self, old: str, new: str) -> None: ...
+    def chmod(self, path: str, mode: int) -> None: ...
+    def chown(self, path: str, uid: int, gid: int) -> None: ...
+    def utimens(self, path: str, atime_ns: int | None, mtime_ns: int | None) -> None: ...
+    def statfs(self) -> Space: ...
+    def getxattr(self, path: str, name: str) -> bytes: ...
+    def listxattr(self, path: str) -> list[str]: ...
+    def setxattr(self, path: str, name: str, value: bytes, flags: int) -> None: ...
+    def removexattr(self, path: str, name: str) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a tree is mounted.
+
+    ``label`` follows ``artifactfs#`` in the source of ``findmnt``. ``timeout`` is how long (seconds) the kernel may keep
+    attributes and names, and with ``keep_pages`` it keeps contents from one open to the next. ``threads``: False answers one
+    request at a time, which is faster where no request can wait for a network. ``extra`` are options for libfuse.
+    """
+
+    label: str
+    timeout: float = 0.0
+    keep_pages: bool = False
+    threads: bool = True
+    allow_other: bool = False
+    extra: tuple[str, ...] = ()
+
+
+class Session:
+    """One mount, from :meth:`run` to its return."""
+
+    def __init__(self, tree: FileTree | WritableTree, path: str, options: Options) -> None:
+        """``path`` is absolute; ``tree`` is writable if it can ``write``."""
+        self._tree = tree
+        self._path = path
+        self._options = options
+        self._fuse: int | None = None
+        self._thread = 0
+        self._device = -1
+        self._ended = threading.Event()
+
+    def run(self, ready: Callable[[], None]) -> None:
+        """Mount and answer until it is unmounted, by whomever. ``ready`` is called once, when the mount answers.
+
+        MountError if the mount does not come about; libfuse has then written its reason to file descriptor 2.
+        """
+        self._thread = threading.get_ident()
+        before = signal.signal(signal.SIGUSR1, lambda *_: None)  # its arrival alone interrupts the wait for a request
+        try:
+            self._serve(ready)
+        finally:
+            self._ended.set()
+            signal.signal(signal.SIGUSR1, before)
+
+    def stop(self) -> None:
+        """End the mount now: what waits for an answer gets an error. Returns when :meth:`run` is about to."""
+        if self._fuse is None:
+            return
+        mount = mountpoint.at(self._path)
+        if mount is not None and mount.device == self._device:
+            with contextlib.suppress(ArtifactFSError):
+                mountpoint.unmount(self._path, lazy=True)
+        if not mountpoint.abort(self._device):
+            fuse._libfuse.fuse_exit(ctypes.c_void_p(self._fuse))
+        while not self._ended.wait(0.05):
+            signal.pthread_kill(self._thread, signal.SIGUSR1)
+
+    @property
+    def device(self) -> int:
+        """The minor device number of the mount, which names its connection; -1 before it is ready."""
+        return self._device
+
+    def _serve(self, ready: Callable[[], None]) -> None:
+        writable = hasattr(self._tree, "write")
+        adapter = _Writing if writable else _Reading
+        failed = ""
+        try:
+            adapter(self._tree, self._path, self._arguments(writable), lambda: self._started(ready))
+        except RuntimeError as error:  # fusepy's word for fuse_main's exit code
+            failed = str(error)
+        if self._fuse is None:
+            raise MountError(f"{self._options.label} could not be mounted on {self._path}")
+        if failed:
+            log.warning("libfuse ended with code %s", failed)
+
+    def _started(self, ready: Callable[[], None]) -> None:
+        """The kernel has asked its first question, to which the answer is about to be given."""
+        self._fuse = fuse._libfuse.fuse_get_context().contents.fuse
+        mount = mountpoint.at(self._path)
+        self._device = mount.device if mount is not None else -1
+        ready()
+
+    def _arguments(self, writable: bool) -> dict[str, Any]:
+        options = self._options
+        known: dict[str, Any] = {
+            "foreground": True,
+            "nothreads": not options.threads,
+            "fsname": _escape(mountpoint.SOURCE + options.label),
+            "subtype": "artifactfs",
+            "default_permissions": True,
+            "use_ino": True,
+            "nosuid": True,
+            "nodev": True,
+            "max_read": _MAX_READ,
+            "attr_timeout": options.timeout,
+            "entry_timeout": options.timeout,
+            "negative_timeout": options.timeout,
+            "kernel_cache": options.keep_pages,
+            "allow_other": options.allow_other,
+        }
+        known.update({"big_writes": True, "atomic_o_trunc": True} if writable else {"ro": True})
+        for option in options.extra:
+            key, equals, value = option.partition("=")
+            known[key] = value if equals else True
+        return known
+
+
+class _Operations:
+    """What fusepy looks at to see which operations to give to libfuse."""
+
+    use_ns = True
+    init = True
+    flag_nullpath_ok = 1
+    flag_nopath = 1  # reads, writes and the like are by handle alone: libfuse need not build their paths
+    flag_utime_omit_ok = 1  # else `touch -m` is dropped without a word
+
+    def __init__(self, names: Iterable[str]) -> None:
+        for name in names:
+            setattr(self, name, True)
+
+
+class _Stream:
+    """A directory being read: its items with the offset after each, which libfuse hands back to go on from there.
+
+    An open directory that can change is read whole when it is first asked for, so that offsets stay true meanwhile.
+    """
+
+    def __init__(self, items: Callable[[], Iterable[tuple[str, int, int]]], snapshot: bool) -> None:
+        self._items = items
+        self._snapshot = snapshot
+        self._at = 0
+        self._rest: Iterator[tuple[str, int, int]] = iter(())
+        self._waiting: tuple[str, int, int] | None = None
+
+    def after(self, offset: int) -> Iterator[tuple[int, tuple[str, int, int]]]:
+        """(offset after it, item) of the items from ``offset`` on. An item at which the caller stops comes again."""
+        if offset == 0 or offset != self._at:
+            self._restart(offset)
+        while True:
+            item = self._waiting or next(self._rest, None)
+            if item is None:
+                return
+            self._waiting = item
+            yield self._at + 1, item
+            self._waiting = None
+            self._at += 1
+
+    def _restart(self, offset: int) -> None:
+        items = self._items()
+        dots = (DirItem(".", stat.S_IFDIR, 0), DirItem("..", stat.S_IFDIR, 0))
+        self._rest = itertools.islice(itertools.chain(dots, list(items) if self._snapshot else items), offset, None)
+        self._at = offset
+        self._waiting = None
+
+
+class _Reading(fuse.FUSE):  # type: ignore[misc]  # fusepy has no types
+    """The operations of a read-only mount. Constructing it mounts, and returns when the mount has ended."""
+
+    _names: tuple[str, ...] = _READING
+    _snapshots = False
+
+    def __init__(self, tree: Any, path: str, arguments: dict[str, Any], started: Callable[[], None]) -> None:
+        self._tree = tree
+        self._started = started
+        self._streams: dict[int, _Stream] = {}
+        self._numbers = itertools.count(1)
+        # fusepy encodes all arguments with `encoding`: latin-1 carries the bytes of any path through unchanged.
+        arguments["fsname"] = os.fsencode(arguments["fsname"]).decode("latin-1")
+        super().__init__(_Operations(self._names), os.fsencode(path).decode("latin-1"), encoding="latin-1", **arguments)
+
+    @staticmethod
+    def _wrapper(function: Callable[..., int | None], *args: Any) -> int:
+        """Every request comes through here: its result, or minus an errno."""
+        try:
+            return function(*args) or 0
+        except (ArtifactFSError, OSError) as error:
+            return -_code(error)
+        except BaseException:
+            log.exception("a bug in %s; answered with EIO", function.__name__)
+            return -errno.EIO
+
+    def init(self, connection: int) -> int:
+        self._started()
+        return 0
+
+    def getattr(self, path: bytes, buffer: Any) -> None:
+        _fill(buffer.contents, self._tree.getattr(_decode(path)))
+
+    def readlink(self, path: bytes, buffer: Any, size: int) -> None:
+        target = _encode(self._tree.readlink(_decode(path)))[: size - 1] + b"\0"
+        ctypes.memmove(buffer, target, len(target))
+
+    def open(self, path: bytes, info: Any) -> None:
+        fields = info.contents
+        fields.fh = self._tree.open(_decode(path), fields.flags)
+
+    def read(self, path: None, buffer: Any, size: int, offset: int, info: Any) -> int:
+        data = self._tree.read(info.contents.fh, size, offset)
+        length = len(data)
+        if length > size:
+            raise AssertionError(f"{length} bytes for a read of {size}")
+        ctypes.memmove(buffer, data, length)
+        return length
+
+    def release(self, path: None, info: Any) -> None:
+        self._tree.release(info.contents.fh)
+
+    def statfs(self, path: bytes, buffer: Any) -> None:
+        space: Space = self._tree.statfs()
+        fields = buffer.contents
+        fields.f_bsize = fields.f_frsize = _STAT_BLOCK
+        fields.f_blocks = -(-space.total // _STAT_BLOCK)
+        fields.f_bfree = fields.f_bavail = space.free // _STAT_BLOCK
+        fields.f_files = space.files
+        fields.f_ffree = fields.f_favail = space.files_free
+        fields.f_namemax = 255
+
+    def getxattr(self, path: bytes, name: bytes, buffer: Any, size: int, *_: int) -> int:
+        if name.startswith((b"security.", b"system.")):  # asked before every write: answered before anything else happens
+            return -errno.ENODATA
+        return _give(self._tree.getxattr(_decode(path), _decode(name)), buffer, size)
+
+    def listxattr(self, path: bytes, buffer: Any, size: int) -> int:
+        names = self._tree.listxattr(_decode(path))
+        return _give(b"".join(_encode(name) + b"\0" for name in names), buffer, size)
+
+    def opendir(self, path: bytes, info: Any) -> None:
+        where = _decode(path)
+        number = next(self._numbers)
+        self._streams[number] = _Stream(lambda: self._tree.readdir(where), self._snapshots)
+        info.contents.fh = number
+
+    def readdir(self, path: None, buffer: Any, fill: Any, offset: int, info: Any) -> None:
+        entry = fuse.c_stat()
+        for after, (name, mode, ino) in self._streams[info.contents.fh].after(offset):
+            entry.st_mode = mode
+            entry.st_ino = ino
+            if fill(buffer, _encode(name), entry, after):
+                return
+
+    def releasedir(self, path: None, info: Any) -> None:
+        self._streams.pop(info.contents.fh, None)
+
+
+class _Writing(_Reading):
+    """The operations of a staging mount."""
+
+    _names = _READING + _WRITING
+    _snapshots = True
+
+    def fgetattr(self, path: bytes | None, buffer: Any, info: Any) -> None:
+        _fill(buffer.contents, self._tree.getattr(_decode(path or b""), info.contents.fh))
+
+    def create(self, path: bytes, mode: int, info: Any) -> None:
+        fields = info.contents
+        fields.fh = self._tree.create(_decode(path), mode, fields.flags, _caller())
+
+    def mknod(self, path: bytes, mode: int, device: int) -> None:
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM))  # sockets, pipes and devices cannot be part of a version
+        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
+        self._tree.release(self._tree.create(_decode(path), mode, flags, _caller()))
+
+    def write(self, path: None, buffer: Any, size: int, offset: int, info: Any) -> int:
+        written: int = self._tree.write(info.contents.fh, ctypes.string_at(buffer, size), offset)
+        return written
+
+    def truncate(self, path: bytes, length: int) -> None:
+        self._tree.truncate(_decode(path), length)
+
+    def ftruncate(self, path: None, length: int, info: Any) -> None:
+        self._tree.ftruncate(info.contents.fh, length)
+
+    def fsync(self, path: None, datasync: int, info: Any) -> None:
+        self._tree.fsync(info.contents.fh, bool(datasync))
+
+    def fsyncdir(self, path: bytes | None, datasync: int, info: Any) -> None:
+        self._tree.fsyncdir(_decode(path or b"/"))
+
+    def mkdir(self, path: bytes, mode: int) -> None:
+        self._tree.mkdir(_decode(path), mode, _caller())
+
+    def rmdir(self, path: bytes) -> None:
+        self._tree.rmdir(_decode(path))
+
+    def unlink(self, path: bytes) -> None:
+        self._tree.unlink(_decode(path))
+
+    def rename(self, old: bytes, new: bytes) -> None:
+        self._tree.rename(_decode(old), _decode(new))
+
+    def symlink(self, target: bytes, path: bytes) -> None:
+        self._tree.symlink(_decode(target), _decode(path), _caller())
+
+    def link(self, old: bytes, new: bytes) -> None:
+        self._tree.link(_decode(old), _decode(new))
+
+    def chmod(self, path: bytes, mode: int) -> None:
+        self._tree.chmod(_decode(path), mode)
+
+    def chown(self, path: bytes, uid: int, gid: int) -> None:
+        """An id that is not to change is -1 also where it arrives unsigned."""
+        self._tree.chown(_decode(path), *(-1 if id in (-1, 0xFFFFFFFF) else id for id in (uid, gid)))
+
+    def utimens(self, path: bytes, times: Any) -> None:
+        fields = times.contents
+        self._tree.utimens(_decode(path), _nanoseconds(fields.actime), _nanoseconds(fields.modtime))
+
+    def setxattr(self, path: bytes, name: bytes, value: Any, size: int, flags: int, *_: int) -> None:
+        self._tree.setxattr(_decode(path), _decode(name), ctypes.string_at(value, size), flags)
+
+    def removexattr(self, path: bytes, name: bytes) -> None:
+        self._tree.removexattr(_decode(path), _decode(name))
+
+
+_logged: TTLCache[str, bool] = TTLCache(1024, _REPEATS)
+_logged_lock = threading.Lock()
+_SERIOUS = frozenset((errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENOSPC, errno.EACCES))
+
+
+def _code(error: ArtifactFSError | OSError) -> int:
+    """The errno to answer with. What a user will want an explanation of is logged, the same not in every retry."""
+    code = error.errno if isinstance(error.errno, int) and error.errno > 0 else errno.EIO
+    if isinstance(error, ArtifactFSError) and code in _SERIOUS:
+        text = str(error)
+        with _logged_lock:
+            new = text not in _logged
+            _logged[text] = True
+        if new:
+            log.warning("%s (%s)", text, errno.errorcode.get(code, code))
+    return code
+
+
+def _decode(name: bytes) -> str:
+    return name.decode("utf-8", "surrogateescape")
+
+
+def _encode(name: str) -> bytes:
+    return name.encode("utf-8", "surrogateescape")
+
+
+def _fill(fields: Any, attributes: Attributes) -> None:
+    """Write a ``struct stat``, which libfuse has zeroed."""
+    mode, ino, links, uid, gid, size, blocks, atime, mtime, ctime = attributes
+    fields.st_mode = mode
+    fields.st_ino = ino
+    fields.st_nlink = links
+    fields.st_uid = uid
+    fields.st_gid = gid
+    fields.st_size = size
+    fields.st_blocks = blocks
+    for spec, moment in ((fields.st_atimespec, atime), (fields.st_mtimespec, mtime), (fields.st_ctimespec, ctime)):
+        spec.tv_sec, spec.tv_nsec = divmod(moment, 10**9)
+
+
+def _give(value: bytes, buffer: Any, size: int) -> int:
+    """Answer as getxattr(2) does: a size of 0 asks for the length, a value that is longer than ``size`` is ERANGE."""
+    if size == 0:
+        return len(value)
+    if len(value) > size:
+        return -errno.ERANGE
+    ctypes.memmove(buffer, value, len(value))
+    return len(value)
+
+
+def _caller() -> tuple[int, int]:
+    """The user and group of the process that asks."""
+    context = fuse._libfuse.fuse_get_context().contents
+    return context.uid, context.gid
+
+
+_UTIME_NOW = (1 << 30) - 1  # linux/stat.h; libfuse passes both on
+_UTIME_OMIT = (1 << 30) - 2
+
+
+def _nanoseconds(spec: Any) -> int | None:
+    """A time to set, in ns since the epoch; None if it is to stay."""
+    if spec.tv_nsec == _UTIME_OMIT:
+        return None
+    if spec.tv_nsec == _UTIME_NOW:
+        return time.time_ns()
+    return int(spec.tv_sec) * 10**9 + int(spec.tv_nsec)
+
+
+def _escape(option: str) -> str:
+    """libfuse parts options at commas and takes a backslash as an escape."""
+    return option.replace("\\", "\\\\").replace(",", "\\,")
