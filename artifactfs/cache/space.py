@@ -1,0 +1,144 @@
+"""Room in a cache: reserve it before writing, and evict what was least recently used when there is none."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import heapq
+import os
+import threading
+from collections.abc import Callable
+from typing import NamedTuple
+
+from artifactfs.cache.layout import Found, Place, Tree
+from artifactfs.cache.ledger import LOCK_SECONDS, UNKNOWN, BusyError, Ledger, StaleError
+
+_EVICT_SHARE = 16  # each eviction frees a sixteenth: what finding the oldest costs is spread over many writes
+_BATCH = 64  # unlinks under one lock: some milliseconds
+_PATIENT_SECONDS = 60.0
+
+
+class _Victim(NamedTuple):
+    """A file to evict. Sorts the least recently used last."""
+
+    minus_atime: int
+    weight: int
+    place: Place
+
+
+class Space:
+    """The room of ``tree`` for at most ``limit`` bytes. ``removed`` is told of each file that goes.
+
+    Threads may share one. Every method may raise BusyError (another process is at it), StaleError (the cache was removed
+    under us) and OSError.
+    """
+
+    def __init__(self, tree: Tree, limit: int, removed: Callable[[Place], object]) -> None:
+        self.tree = tree
+        self._limit = limit
+        self._removed = removed
+        self._evicting = threading.Lock()
+        self._ledger = Ledger(tree, limit)
+        if not self._ledger.valid():
+            with self._ledger.evicting(LOCK_SECONDS):
+                if not self._ledger.valid():  # nobody else counted while we waited
+                    self._survey(goal=0)
+
+    @property
+    def owned(self) -> bool:
+        """False in a forked child: the grants are its parent's."""
+        return self._ledger.pid == os.getpid()
+
+    def reserve(self, cost: int) -> bool:
+        """Whether ``cost`` bytes may now be added, after evicting others if need be. If so, :meth:`settle` must follow.
+
+        OSError (ENOSPC) if the disk is too full.
+        """
+        if not self.tree.disk_shortage(cost) and self._ledger.take(cost):
+            return True
+        with self._evicting:
+            shortage = self.tree.disk_shortage(cost)
+            if not shortage and self._ledger.take(cost):
+                return True  # another thread made room meanwhile
+            target = self._limit - max(self._limit // _EVICT_SHARE, cost)
+            if shortage:
+                used = self._ledger.used()
+                target = min(target, used - shortage - used // _EVICT_SHARE)
+            self._trim(max(0, target), LOCK_SECONDS)
+            if self.tree.disk_shortage(cost):
+                raise OSError(errno.ENOSPC, "the last 5 % of its disk are left to others")
+            return self._ledger.take(cost)
+
+    def settle(self, cost: int, spent: bool) -> None:
+        """End what :meth:`reserve` began: the bytes were added, or not."""
+        self._ledger.settle(cost, spent)
+
+    def shrink(self, cost: int) -> None:
+        """Evict some, and at least ``cost`` bytes: the disk, or a quota that it does not show, turned out to be full."""
+        with contextlib.suppress(OSError, BusyError, StaleError), self._evicting:
+            used = self._ledger.used()
+            self._trim(max(0, used - max(used // _EVICT_SHARE, cost)), LOCK_SECONDS)
+
+    def prune(self, target: int) -> int:
+        """Count anew, and evict until ``target``. Returns the bytes freed."""
+        with self._evicting:
+            return self._trim(target, _PATIENT_SECONDS, thorough=True)
+
+    def close(self) -> None:
+        """Give back what was reserved and not used."""
+        self._ledger.close()
+
+    def _trim(self, target: int, seconds: float, thorough: bool = False) -> int:
+        """Count, then evict the least recently used until ``target``. Returns the bytes freed. Needs ``_evicting``.
+
+        Without ``thorough`` nothing is done if another process has just made room.
+        """
+        with self._ledger.evicting(seconds):
+            used, victims = self._ledger.used(), list[_Victim]()
+            if used >= UNKNOWN:  # who began to count died: without a count, how much to evict cannot be told
+                used, victims = self._survey(goal=0)
+            if used > target or thorough:
+                used, victims = self._survey(goal=max(0, used - target))
+            return self._evict(victims, target)
+
+    def _survey(self, goal: int) -> tuple[int, list[_Victim]]:
+        """Count what is used, and find the least recently used files that together weigh ``goal``, the oldest first."""
+        begun = self._ledger.begin_count()
+        total, selected, heap = self.tree.overhead(), 0, list[_Victim]()
+        for found in self.tree.walk():
+            weight = self.tree.weight(found)
+            total += weight
+            minus_atime = -found.info.st_atime_ns
+            if not goal or not found.place.name or (selected >= goal and minus_atime <= heap[0].minus_atime):
+                continue
+            heapq.heappush(heap, _Victim(minus_atime, weight, found.place))
+            selected += weight
+            while selected - heap[0].weight >= goal:
+                selected -= heapq.heappop(heap).weight
+        return self._ledger.end_count(begun, total), sorted(heap, reverse=True)
+
+    def _evict(self, victims: list[_Victim], target: int) -> int:
+        """Remove ``victims`` in order until ``target`` is reached. Returns the bytes freed."""
+        freed = 0
+        for start in range(0, len(victims), _BATCH):
+            with self._ledger.change() as account:
+                for victim in victims[start : start + _BATCH]:
+                    if account.used <= target:
+                        break
+                    gone = self._evict_one(victim)
+                    if gone is not None:
+                        freed += gone.allocated
+                        account.used -= min(account.used, victim.weight)
+            if account.used <= target:
+                break
+        for place in {victim.place._replace(name="") for victim in victims if victim.place.large}:
+            self.tree.remove(place)
+        return freed
+
+    def _evict_one(self, victim: _Victim) -> Found | None:
+        """The file, once it is removed; None if it is gone or was used since it was found."""
+        info = self.tree.stat(victim.place)
+        if info is None or info.st_atime_ns != -victim.minus_atime:
+            return None
+        self._removed(victim.place)
+        return Found(victim.place, info) if self.tree.remove(victim.place) else None
