@@ -415,9 +415,9 @@ def _reason(error: BaseException) -> str:
     chain = list(_chain(error))
     if any(isinstance(item, socket.gaierror) for item in chain):
         return "the host name is not known"
-    if any(isinstance(item, (TimeoutError, requests.exceptions.Timeout, urllib3.exceptions.TimeoutError)) for item in chain):
-        return "no answer in time"
     for item in chain:
         if isinstance(item, OSError) and item.errno and item.strerror:
-            return os.strerror(item.errno) if not isinstance(item, ssl.SSLError) else "the TLS connection failed"
+            return "the TLS connection failed" if isinstance(item, ssl.SSLError) else os.strerror(item.errno)
+    if any(isinstance(item, (TimeoutError, requests.exceptions.Timeout, urllib3.exceptions.TimeoutError)) for item in chain):
+        return "no answer in time"
     return "the connection broke"
