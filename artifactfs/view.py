@@ -224,7 +224,7 @@ class VersionView:
     def _has_prefix(self) -> bool:
         above, _, start = self._prefix.rpartition("/")
         directory = self._tree.resolve(self.version.root, above)
-        if not isinstance(directory, Dir):
+        if not isinstance(directory, Dir) or self._prefix.startswith("/"):
             return False
         return any(entry.name.startswith(start) for entry in self._tree.entries(directory))
 
