@@ -22,7 +22,7 @@ from artifactfs.model import BLOCK, Ref, is_executable
 from artifactfs.names import entry_path
 from artifactfs.references.source import Expanded, source_key
 
-_URI = re.compile(r"file:(?://(?:localhost)?)?(/.*)", re.IGNORECASE | re.DOTALL)
+_URI = re.compile(r"file:(?://(?:localhost)?|(?!//))(/.*)", re.IGNORECASE | re.DOTALL)
 _FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY  # what is opened by mistake neither blocks nor acts
 _BATCH = 4096  # files handed to the hashing threads at once: bounds the memory of what waits
 
