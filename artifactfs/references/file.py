@@ -160,18 +160,20 @@ class FileSource:
         except OSError as error:
             raise from_os_error(error, f"reading {self.where}") from None
         try:
-            yield from self._pieces(fd, info, offset, offset + size)
+            if info.st_size != self.size:
+                raise self._changed(info.st_size)
+            yield from self._pieces(fd, offset, offset + size)
         finally:
             os.close(fd)
 
-    def _pieces(self, fd: int, info: os.stat_result, offset: int, end: int) -> Iterator[bytes]:
+    def _pieces(self, fd: int, offset: int, end: int) -> Iterator[bytes]:
         while offset < end:
             try:
                 piece = _pread(fd, min(BLOCK, end - offset), offset)
             except OSError as error:
                 raise from_os_error(error, f"reading {self.where}") from None
-            if not piece or info.st_size != self.size:
-                raise self._changed(info.st_size)
+            if not piece:
+                raise self._changed(os.fstat(fd).st_size)
             offset += len(piece)
             yield piece
 
