@@ -19,6 +19,9 @@ from artifactfs.model import OBJECT_BLOB, OBJECT_PACK
 ABSENT = ""
 """The ETag of what is not there: ``swap(key, data, ABSENT)`` creates."""
 
+MAX_RECORD = 32 << 20
+"""Bytes of a catalog object at most: it is read into memory whole, and its metadata is a person's, not a data set."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ObjectInfo:
@@ -48,7 +51,7 @@ class ObjectStore(Protocol):
     url: str
 
     def get(self, key: str) -> tuple[bytes, str]:
-        """The whole object and its ETag. For small objects."""
+        """The whole object and its ETag. For catalog objects: one of over :data:`MAX_RECORD` bytes is an IntegrityError."""
 
     def read(self, key: str, offset: int, size: int) -> bytes:
         """Exactly ``size`` bytes at ``offset``; an object that ends before is an IntegrityError that names it."""
@@ -81,6 +84,9 @@ class ObjectStore(Protocol):
     def delete(self, key: str, unless_newer: float | None = None) -> bool:
         """Remove an object; missing is no error. With ``unless_newer`` (seconds since the epoch) an object modified after
         that stays, and no write can come between the check and the removal. Returns whether it was removed."""
+
+    def refresh(self, key: str) -> bool:
+        """Make a data object as new as one just written, for :meth:`delete`'s ``unless_newer``. False if it is not there."""
 
 
 Wrapper = Callable[[ObjectStore], ObjectStore]

@@ -1,9 +1,9 @@
 """Objects as files of a directory: the embedded store.
 
 An object appears whole: it is written to ``tmp/``, fsync'd, then renamed (data) or hard-linked (create if absent) into place,
-and its directory is fsync'd, as is every directory that was made for it. Locks are ``flock`` on the object's directory, so they
-leave no files behind and die with their process: compare-and-swap and conditional removal hold it exclusively, data writes hold
-it shared while they rename. No lock is held while data is written.
+and its directory is fsync'd, as is every directory above it. Locks are ``flock`` on the object's directory, so they
+leave no files behind and die with their process: compare-and-swap and conditional removal hold it exclusively, data writes and
+listings hold it shared. No lock is held while data is written, none while a caller looks at a listing, and never two.
 """
 
 from __future__ import annotations
@@ -13,15 +13,18 @@ import errno
 import fcntl
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 from blake3 import blake3
 
-from artifactfs.errors import ArtifactFSError, IntegrityError, NotFoundError, from_os_error
-from artifactfs.objects import ABSENT, ObjectInfo
+from artifactfs.errors import ArtifactFSError, IntegrityError, NotFoundError, StoreFormatError, from_os_error
+from artifactfs.objects import ABSENT, MAX_RECORD, ObjectInfo
 
 TEMPORARY = "tmp"
+
+_COPY = 8 << 20
 
 
 class LocalObjects:
@@ -30,23 +33,20 @@ class LocalObjects:
     def __init__(self, root: Path) -> None:
         self.root = os.path.abspath(root)
         self.url = self.root
+        self._durable: set[str] = set()  # directories whose parents hold them for certain
 
     def path(self, key: str) -> str | None:
         return f"{self.root}/{key}"
 
     def get(self, key: str) -> tuple[bytes, str]:
-        with self._errors("reading", key), open(f"{self.root}/{key}", "rb") as file:
-            data = file.read()
+        with self._errors("reading", key), _opened(f"{self.root}/{key}") as fd:
+            data = _read_record(fd, key)
         return data, _etag(data)
 
     def read(self, key: str, offset: int, size: int) -> bytes:
-        with self._errors("reading", key):
-            fd = os.open(f"{self.root}/{key}", os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                # Looked up first: a location made up by a hostile page must not make us allocate what it claims.
-                data = os.pread(fd, size, offset) if offset + size <= os.fstat(fd).st_size else b""
-            finally:
-                os.close(fd)
+        with self._errors("reading", key), _opened(f"{self.root}/{key}") as fd:
+            # Looked up first: a location made up by a hostile page must not make us allocate what it claims.
+            data = os.pread(fd, size, offset) if offset + size <= os.fstat(fd).st_size else b""
         if len(data) != size:
             raise IntegrityError(f"{key} in {self.url} ends before byte {offset + size}")
         return data
@@ -77,7 +77,7 @@ class LocalObjects:
                 _write_durably(temporary, data)
                 replaced = _link(temporary, target) if etag == ABSENT else _replace_if(temporary, target, directory, etag)
             finally:
-                with contextlib.suppress(FileNotFoundError):
+                with contextlib.suppress(OSError):
                     os.unlink(temporary)
             if not replaced:
                 return None
@@ -88,19 +88,33 @@ class LocalObjects:
         pending = [prefix.rstrip("/")]
         while pending:
             folder = pending.pop()
-            with self._errors("listing", folder), _entries(f"{self.root}/{folder}") as entries:
-                for entry in entries:
+            found = []
+            with self._errors("listing", folder):
+                for entry in _entries(f"{self.root}/{folder}"):
                     key = f"{folder}/{entry.name}" if folder else entry.name
                     if entry.is_dir(follow_symlinks=False):
                         pending.append(key)
                     elif key > after:
                         with contextlib.suppress(FileNotFoundError):
                             status = entry.stat(follow_symlinks=False)
-                            yield ObjectInfo(key, status.st_size, status.st_mtime)
+                            found.append(ObjectInfo(key, status.st_size, status.st_mtime))
+            yield from found
 
     def folders(self, prefix: str) -> list[str]:
-        with self._errors("listing", prefix), _entries(f"{self.root}/{prefix}") as entries:
+        with self._errors("listing", prefix):
+            entries = _entries(f"{self.root}/{prefix}")
             return sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
+
+    def refresh(self, key: str) -> bool:
+        target = f"{self.root}/{key}"
+        with self._errors("keeping", key), contextlib.suppress(FileNotFoundError), _locked(os.path.dirname(target), shared=True):
+            try:
+                os.utime(target)
+                return True
+            except PermissionError:  # another user's: a copy of it is ours
+                pass
+            return self._copy_over(key)
+        return False
 
     def delete(self, key: str, unless_newer: float | None = None) -> bool:
         target = f"{self.root}/{key}"
@@ -120,7 +134,30 @@ class LocalObjects:
     def _make_parent(self, target: str) -> str:
         parent = os.path.dirname(target)
         _make_directories(parent)
+        self._settle(parent)
         return parent
+
+    def _settle(self, directory: str) -> None:
+        """Make ``directory`` durable, once a process: another one may have made it a moment ago, and died since."""
+        if directory == self.root or directory in self._durable:
+            return
+        above = os.path.dirname(directory)
+        self._settle(above)
+        _sync_directory(above)
+        self._durable.add(directory)
+
+    def _copy_over(self, key: str) -> bool:
+        writer = LocalWriter(self, self._temporary())
+        try:
+            with _opened(f"{self.root}/{key}") as fd:
+                offset = 0
+                while data := os.pread(fd, _COPY, offset):
+                    writer.write_at(offset, data)
+                    offset += len(data)
+            writer.commit(key)
+        finally:
+            writer.abort()
+        return True
 
     @contextlib.contextmanager
     def _errors(self, doing: str, key: str) -> Iterator[None]:
@@ -128,6 +165,10 @@ class LocalObjects:
             yield
         except FileNotFoundError:
             raise NotFoundError(f"{key} is not in the store {self.url}") from None
+        except NotADirectoryError:
+            raise StoreFormatError(
+                f"{self.url} cannot be a store: it, or something in it, must be a directory and is not"
+            ) from None
         except ArtifactFSError:
             raise
         except OSError as error:
@@ -187,8 +228,8 @@ def _link(temporary: str, target: str) -> bool:
 def _replace_if(temporary: str, target: str, directory: str, etag: str) -> bool:
     with _locked(directory):
         try:
-            with open(target, "rb") as file:
-                current = file.read()
+            with _opened(target) as fd:
+                current = _read_record(fd, target)
         except FileNotFoundError:
             return False
         if _etag(current) != etag:
@@ -229,15 +270,34 @@ def _make_directories(path: str) -> None:
 
 
 @contextlib.contextmanager
-def _entries(path: str) -> Iterator[Iterator[os.DirEntry[str]]]:
-    """The directory's entries; none if it is not there."""
+def _opened(path: str) -> Iterator[int]:
+    """A descriptor of a regular file. Nothing else may pass for an object: a FIFO would hang us, a device never end."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
-        scan = os.scandir(path)
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise IntegrityError(f"{path} is not a regular file, so it is no object of a store")
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _read_record(fd: int, where: str) -> bytes:
+    size = os.fstat(fd).st_size
+    if size > MAX_RECORD:
+        raise IntegrityError(f"{where} has {size} bytes; a record of a store has at most {MAX_RECORD}")
+    return os.pread(fd, size, 0)
+
+
+def _entries(path: str) -> list[os.DirEntry[str]]:
+    """The directory's entries; none if it is not there.
+
+    Some file systems leave out a name that is renamed over while they list its directory: the lock keeps swaps out meanwhile.
+    """
+    try:
+        with _locked(path, shared=True), os.scandir(path) as entries:
+            return list(entries)
     except FileNotFoundError:
-        yield iter(())
-        return
-    with scan:
-        yield scan
+        return []
 
 
 @contextlib.contextmanager
