@@ -48,17 +48,18 @@ MODULES = modules()
 
 def imports_of(name: str, path: Path) -> Iterator[Import]:
     tree = ast.parse(path.read_bytes(), str(path))
-    top = set(map(id, tree.body))
+    functions = (node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)))
+    hidden = {id(node) for function in functions for node in ast.walk(function)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
-                yield Import(name, alias.name, node.lineno, id(node) in top)
+                yield Import(name, alias.name, node.lineno, id(node) not in hidden)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno}: relative import; write the full name"
             assert node.module
             for alias in node.names:
                 full = f"{node.module}.{alias.name}"
-                yield Import(name, full if full in MODULES else node.module, node.lineno, id(node) in top)
+                yield Import(name, full if full in MODULES else node.module, node.lineno, id(node) not in hidden)
 
 
 IMPORTS = [found for name, path in MODULES.items() for found in imports_of(name, path)]
@@ -69,10 +70,11 @@ def layers() -> dict[str, tuple[int, int, int]]:
 
     There ``a < b`` says that ``b`` may import ``a`` although both are of one layer; a comma parts groups that may not.
     """
-    table = {}
+    table: dict[str, tuple[int, int, int]] = {}
     for line in (ROOT / "ARCHITECTURE.md").read_text().splitlines():
         if match := re.match(r"L([0-9])  +([a-z_]+(?:(?: <|,) [a-z_]+)*)(?: {2,}|$)", line):
-            for group, chain in enumerate(match[2].split(", ")):
+            for chain in match[2].split(", "):
+                group = len(table)
                 for place, member in enumerate(chain.split(" < ")):
                     assert member not in table, f"{member} stands twice in the layers of ARCHITECTURE.md"
                     table[member] = (int(match[1]), group, place)

@@ -1,0 +1,96 @@
+"""Stages that are not mounted any more: find them, and finish them without mounting.
+
+A stage is left when its commit failed or its process died. Its directory has everything that was closed; the registry may
+still have its mount.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+from artifactfs import mountpoint
+from artifactfs.cache import BlockCache
+from artifactfs.errors import ConflictError, NotFoundError
+from artifactfs.publish import Report
+from artifactfs.reader import Reader
+from artifactfs.registry import Registry
+from artifactfs.settings import Settings
+from artifactfs.staging import Stage, StageInfo, StageSpec, list_stages, read_spec
+from artifactfs.store.urls import open_store
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Left:
+    """A stage that can be resumed."""
+
+    directory: Path
+    spec: StageSpec
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Finished:
+    """What came of a stage: the version's qualified name, "" if there is none, and whether it is new."""
+
+    mountpoint: str
+    committed: str
+    created: bool
+
+
+def stages(settings: Settings) -> list[StageInfo]:
+    """All stages of this user that nobody uses, by directory."""
+    return [stage for stage in list_stages(settings.staging_dir) if stage.pid is None and stage.state != "committed"]
+
+
+def find_stage(settings: Settings, path: str) -> Left:
+    """The stage whose directory or mountpoint is ``path``; of several that were mounted there the newest.
+
+    NotFoundError; ConflictError if it is in use.
+    """
+    directory = Path(os.path.abspath(path))
+    if (directory / "stage.json").exists():
+        return Left(directory, read_spec(directory))
+    where = mountpoint.absolute(path)
+    found = [stage for stage in list_stages(settings.staging_dir) if stage.spec is not None and stage.spec.mountpoint == where]
+    idle = [Left(stage.directory, stage.spec) for stage in found if stage.spec is not None and stage.state == "orphan"]
+    if idle:
+        return max(idle, key=lambda stage: stage.spec.created_at)
+    if any(stage.state == "active" for stage in found):
+        raise ConflictError(f"the stage of {path} is in use; artifactfs unmount {path} commits it")
+    raise NotFoundError(f"there is no stage to resume at {path}; `artifactfs mounts --all` lists them")
+
+
+def finish(settings: Settings, left: Left, report: Report | None = None) -> Finished:
+    """Commit a stage that is not mounted, then remove its directory. May be repeated after any failure.
+
+    ConflictError if another process uses it.
+    """
+    store = open_store(left.spec.store)
+    cache = BlockCache(settings.cache_dir, settings.cache_size)
+    reader = Reader(store, cache)
+    try:
+        stage = Stage.resume(left.directory, store, reader)
+        try:
+            published = stage.commit(report, final=True)
+            stage.remove()
+        finally:
+            stage.close()
+    finally:
+        reader.close()
+        cache.close()
+    _forget(settings, left)
+    if published is None:
+        return Finished(left.spec.mountpoint, "", False)
+    return Finished(left.spec.mountpoint, published.version.qualified_name, published.created)
+
+
+def _forget(settings: Settings, left: Left) -> None:
+    """Drop the record of its mount, and what the kernel still has of it."""
+    registry = Registry(settings.state_dir)
+    for record in registry.records():
+        if record.staging == str(left.directory) and record.state in ("dead", "failed"):
+            mount = mountpoint.at(record.mountpoint)
+            if mount is not None and mount.device == record.device:
+                mountpoint.unmount(record.mountpoint, lazy=True)
+            registry.remove(record)
