@@ -13,6 +13,9 @@ from artifactfs.errors import IntegrityError, NotFoundError, from_os_error
 from artifactfs.model import BLOCK, Extent
 from artifactfs.objects import ObjectStore, object_key
 
+_AHEAD = 8 * BLOCK
+"""What the kernel is asked to read ahead: some 16 ms of a disk of 500 MB/s."""
+
 
 class LocalExtents:
     """A content read from the local files that hold it. Each block is checked when this process first reads it.
@@ -38,6 +41,7 @@ class LocalExtents:
         self._load_digests = digests
         self._digests = b""
         self._checks = checks
+        self._last = -1
         self._lock = threading.Lock()
         self._files: dict[bytes, int] = {}
 
@@ -72,12 +76,21 @@ class LocalExtents:
         length = min(BLOCK, self._size - position)
         place = extent.offset + position - self._starts[at]
         try:
-            data = checks.read(self._open(extent.object), place, length, start, size, self._digest(block))
+            fd = self._open(extent.object)
+            if block != self._last:
+                self._look_ahead(block, fd, place)
+            data = checks.read(fd, place, length, start, size, self._digest(block))
         except OSError as error:
             raise from_os_error(error, f"reading {self._where(extent)}") from error
         if data is None:
             raise IntegrityError(f"block {block} of content {self._id.hex()} in {self._where(extent)} is damaged")
         return data
+
+    def _look_ahead(self, block: int, fd: int, place: int) -> None:
+        """Reading in sequence has the disk at work on the next blocks while this one is checked and handed out."""
+        if block == self._last + 1 and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(fd, place + BLOCK, _AHEAD, os.POSIX_FADV_WILLNEED)
+        self._last = block
 
     def _digest(self, block: int) -> bytes:
         if not self._digests:
