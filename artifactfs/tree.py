@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import msgspec
@@ -25,6 +25,7 @@ from cachetools import LRUCache
 from artifactfs.content import manifest_digest
 from artifactfs.errors import IntegrityError
 from artifactfs.model import BLAKE3, Dir, Entry, Extent, File, Page, Ref, Symlink, named
+from artifactfs.names import MAX_PATH_PART
 
 DIGEST_CONTEXT = "artifactfs 2026-11 directory digest v1"
 PAGE_VERSION = 1
@@ -34,10 +35,13 @@ MAX_PAGE_BYTES = 4 << 20
 _CUT = 2048
 """One name in so many ends a page: a look-up decodes about a millisecond's worth, a commit of one file rewrites 200 KB."""
 _MAX_WEIGHT = 960 << 10
-_BASE_WEIGHT = 224
+"""Weight at which a page ends whatever its names are: a bound for those who chose names that never end one."""
+_BASE_WEIGHT = 256
+_MAX_CHILDREN = 1920
 _MAX_LEVEL = 8
 MAX_ENTRY_WEIGHT = 64 << 10
 """Bytes of name, symlink target or reference that an entry may have in all."""
+_MAX_TOTAL = (1 << 63) - 1
 
 StorePage = Callable[[bytes], Page]
 
@@ -70,50 +74,62 @@ _decode = msgspec.msgpack.Decoder(_Leaf | _Index).decode
 
 
 class _Names:
-    """A decoded page with its names for bisection."""
+    """A decoded page with its names for bisection, and about the bytes of memory that it takes."""
 
-    __slots__ = ("items", "level", "names")
+    __slots__ = ("cost", "items", "level", "names")
 
-    def __init__(self, level: int, items: Sequence[Entry] | Sequence[Child], names: list[str]) -> None:
+    def __init__(self, level: int, items: Sequence[Entry] | Sequence[Child], names: list[str], size: int) -> None:
         self.level = level
         self.items = items
         self.names = names
+        self.cost = 1024 + size + 350 * len(names)  # measured: 400 to 450 bytes for an entry of 90 stored ones
 
 
 class Tree:
     """Reads the directories of stored versions. ``load`` gives a page's bytes, checked against its id. Threads may share it."""
 
     def __init__(self, load: Callable[[Page], bytes], cache_bytes: int = 64 << 20) -> None:
-        """``cache_bytes`` bounds the decoded pages that are kept for the next look-up, by :func:`_cost`."""
+        """``cache_bytes`` bounds the memory of the decoded pages that are kept for the next look-up; 0 keeps none."""
         self._load = load
         self._lock = threading.Lock()
-        self._pages: LRUCache[bytes, _Names] = LRUCache(cache_bytes, getsizeof=_cost)
+        self._pages: LRUCache[bytes, _Names] = LRUCache(cache_bytes, getsizeof=lambda page: page.cost)
 
     def lookup(self, directory: Dir, name: str) -> Entry | None:
         """The entry of that name, or None. Reads one page a level of the directory's index."""
-        page = directory.page
+        if directory.page is None:
+            return None
+        child = _whole(directory)
         level = _MAX_LEVEL
-        while page is not None:
-            decoded = self._page(page, level)
+        while True:
+            decoded = self._page(child, level)
             if decoded.level == 0:
                 at = bisect_left(decoded.names, name)
                 found = at < len(decoded.names) and decoded.names[at] == name
                 return decoded.items[at] if found else None  # type: ignore[return-value]  # level 0 holds entries
             at = max(bisect_right(decoded.names, name) - 1, 0)
             level = decoded.level - 1
-            page = decoded.items[at].page  # type: ignore[union-attr]
-        return None
+            child = decoded.items[at]  # type: ignore[assignment]
 
     def entries(self, directory: Dir, after: str = "") -> Iterator[Entry]:
         """The entries whose name sorts after ``after``, in ascending order of the names' UTF-8 bytes."""
+        last = ""
         for child in self.children(directory, after):
-            yield from self._entries(child.page, after)
+            decoded = self._page(child, 0)
+            if decoded.names[0] <= last:
+                raise _disordered(child)
+            last = decoded.names[-1]
+            yield from decoded.items[bisect_right(decoded.names, after) if after else 0 :]  # type: ignore[misc]
 
     def children(self, directory: Dir, after: str = "") -> Iterator[Child]:
         """The leaf pages of ``directory`` that can hold names after ``after``, in order."""
-        if directory.page is not None:
-            whole = _whole(directory)
-            yield from self._leaves(whole, after, _MAX_LEVEL)
+        if directory.page is None:
+            return
+        last = None
+        for child in self._leaves(_whole(directory), after, _MAX_LEVEL):
+            if last is not None and child.first <= last:
+                raise _disordered(child)
+            last = child.first
+            yield child
 
     def resolve(self, root: Dir, path: str) -> Entry | None:
         """The entry at a canonical relative path ("" is the root itself); symlinks are not followed. None if there is none."""
@@ -165,7 +181,8 @@ class Tree:
             if page is None or page in seen:
                 continue
             seen.add(page)
-            decoded = self._read(page, level)
+            decoded = self._read(page)
+            _check_level(page, decoded, level)
             if decoded.level:
                 yield page, ()
                 stack.extend((child.page, decoded.level - 1) for child in reversed(decoded.items))  # type: ignore[union-attr]
@@ -188,8 +205,16 @@ class Tree:
                 yield prefix + entry.name, entry
 
     def _by_path(self, directory: Dir) -> Iterator[Entry]:
-        # "a-b" sorts before "a/x" but after the directory "a": directories sort with their slash.
-        return iter(sorted(self.entries(directory), key=lambda entry: entry.name + "/" * isinstance(entry, Dir)))
+        # "a-b" sorts before "a/x" but after the directory "a": a directory waits until its name with a slash has its turn.
+        waiting: list[tuple[str, Dir]] = []
+        for entry in self.entries(directory):
+            while waiting and waiting[0][0] < entry.name:
+                yield waiting.pop(0)[1]
+            if isinstance(entry, Dir):
+                insort(waiting, (entry.name + "/", entry), key=lambda item: item[0])
+            else:
+                yield entry
+        yield from (held for _, held in waiting)
 
     def digest(self, root: Dir, algorithm: str) -> str:
         """The digest that users see of a version, hex: its root directory's for BLAKE3, W&B's formula over all entries else."""
@@ -208,19 +233,19 @@ class Tree:
         return update.finish()
 
     def leaf(self, child: Child) -> Sequence[Entry]:
-        """The entries of one leaf page that :meth:`children` gave."""
-        return self._page(child.page, 0).items  # type: ignore[return-value]
+        """The entries of one leaf page that :meth:`children` gave; at least one."""
+        return self._page(child, 0).items  # type: ignore[return-value]
 
     def index_pages(self, directory: Dir | None) -> Iterator[Page]:
         """The index pages of ``directory``; none if it has one page."""
-        pending = [directory.page] if directory and directory.page else []
+        pending = [(_whole(directory), _MAX_LEVEL)] if directory and directory.page else []
         while pending:
-            page = pending.pop()
-            decoded = self._page(page, _MAX_LEVEL)
+            child, level = pending.pop()
+            decoded = self._page(child, level)
             if decoded.level:
-                yield page
+                yield child.page
             if decoded.level > 1:
-                pending.extend(child.page for child in decoded.items)  # type: ignore[misc, union-attr]
+                pending.extend((below, decoded.level - 1) for below in decoded.items)  # type: ignore[misc]
 
     def _pairs(self, old: Dir, new: Dir) -> Iterator[tuple[Entry | None, Entry | None]]:
         """The entries of two directories that are not equal, by name."""
@@ -246,14 +271,10 @@ class Tree:
     def _entries_of(self, children: list[Child], without: set[bytes]) -> Iterator[Entry]:
         for child in children:
             if child.digest not in without:
-                yield from self._entries(child.page, "")
-
-    def _entries(self, page: Page, after: str) -> Iterator[Entry]:
-        decoded = self._page(page, 0)
-        yield from decoded.items[bisect_right(decoded.names, after) if after else 0 :]  # type: ignore[misc]
+                yield from self.leaf(child)
 
     def _leaves(self, child: Child, after: str, level: int) -> Iterator[Child]:
-        decoded = self._page(child.page, level)
+        decoded = self._page(child, level)
         if decoded.level == 0:
             yield child
             return
@@ -264,54 +285,64 @@ class Tree:
             else:
                 yield from self._leaves(below, after, decoded.level - 1)  # type: ignore[arg-type]
 
-    def _page(self, page: Page, level: int) -> _Names:
-        """The page, decoded and checked; ``level`` is the highest it may have."""
+    def _page(self, child: Child, level: int) -> _Names:
+        """The page of ``child``, decoded and checked; ``level`` is the highest it may have."""
+        page = child.page
         with self._lock:
             decoded = self._pages.get(page.id)
         if decoded is None:
-            decoded = self._read(page, level)
+            decoded = self._read(page)
             with self._lock:
-                if _cost(decoded) <= self._pages.maxsize:
+                if decoded.cost <= self._pages.maxsize:
                     self._pages[page.id] = decoded
-        if decoded.level > level:
-            raise IntegrityError(f"page {page.id.hex()} is an index where a page of entries must be")
+        _check_level(page, decoded, level)
+        if child.first and child.first != decoded.names[0]:
+            raise _disordered(child)
         return decoded
 
-    def _read(self, page: Page, level: int) -> _Names:
+    def _read(self, page: Page) -> _Names:
         if not 0 < page.extent.length <= MAX_PAGE_BYTES:
             raise IntegrityError(f"page {page.id.hex()} claims {page.extent.length} bytes")
         return decode_page(self._load(page), page.id.hex())
 
 
-def _cost(page: _Names) -> int:
-    """About the bytes that a decoded page takes (measured: 400 to 450 an entry)."""
-    return 1024 + 450 * len(page.names)
+def _check_level(page: Page, decoded: _Names, level: int) -> None:
+    if decoded.level > level:
+        raise IntegrityError(f"page {page.id.hex()} is an index where a page of entries must be")
+
+
+def _disordered(child: Child) -> IntegrityError:
+    return IntegrityError(f"page {child.page.id.hex()} is not where its names belong in its directory")
 
 
 def decode_page(data: bytes, where: str) -> _Names:
     """A page from its bytes; IntegrityError if they are no page, or one whose names could lead anywhere else."""
     try:
         page = _decode(data)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise IntegrityError(f"page {where} cannot be decoded: {error}") from None
     if page.version != PAGE_VERSION:
         raise IntegrityError(f"page {where} has version {page.version}; this program reads version {PAGE_VERSION}: upgrade it")
     if isinstance(page, _Index):
         names = [child.first for child in page.children]
-        if not names or not 0 < page.level <= _MAX_LEVEL or any(a >= b for a, b in itertools.pairwise(names)):
-            raise IntegrityError(f"page {where} is not a valid index")
-        return _Names(page.level, page.children, names)
+        if not 0 < page.level <= _MAX_LEVEL:
+            raise IntegrityError(f"page {where} is an index of level {page.level}")
+        _check_names(names, where)
+        return _Names(page.level, page.children, names, len(data))
     names = [entry.name for entry in page.entries]
     _check_names(names, where)
-    return _Names(0, page.entries, names)
+    return _Names(0, page.entries, names, len(data))
 
 
 def _check_names(names: list[str], where: str) -> None:
-    """Refuse what cannot be one component of a path, repeats or is out of order."""
+    """Refuse what cannot be one component of a path, repeats or is out of order; and a page without names."""
     joined = "/".join(names)
-    bad = joined.count("/") != max(len(names) - 1, 0) or "\0" in joined or not {"", ".", ".."}.isdisjoint(names)
+    bad = joined.count("/") != len(names) - 1 or "\0" in joined or not {"", ".", ".."}.isdisjoint(names)
     if bad or any(a >= b for a, b in itertools.pairwise(names)):
         raise IntegrityError(f"page {where} has names that are not valid, repeat or are out of order")
+    longest = max(map(len, names))
+    if longest > MAX_PATH_PART or (4 * longest > MAX_PATH_PART and max(map(_length, names)) > MAX_PATH_PART):
+        raise IntegrityError(f"page {where} has a name of over {MAX_PATH_PART} bytes")
 
 
 class DirBuilder:
@@ -356,7 +387,7 @@ class DirBuilder:
     def _cut(self) -> None:
         entries = self._entries
         totals = [_totals(entry) for entry in entries]
-        size, files, links = (sum(column) for column in zip(*totals, strict=True))
+        size, files, links = (_sum(column) for column in zip(*totals, strict=True))
         page = self._store(_encode(_Leaf(PAGE_VERSION, entries)))
         self._index.add(Child(entries[0].name, leaf_digest(entries), page, len(entries), size, files, links))
         self._entries = []
@@ -374,7 +405,8 @@ class _IndexBuilder:
 
     def add(self, child: Child) -> None:
         self._children.append(child)
-        if len(self._children) >= _MAX_WEIGHT // 512 or (len(self._children) > 1 and _ends_page(child.first, self._level)):
+        count = len(self._children)
+        if count >= _MAX_CHILDREN or (count > 1 and _ends_page(child.first, self._level)):
             self._cut()
 
     def root(self) -> Child | None:
@@ -395,10 +427,10 @@ class _IndexBuilder:
                 children[0].first,
                 index_digest(self._level, children),
                 page,
-                sum(child.count for child in children),
-                sum(child.size for child in children),
-                sum(child.files for child in children),
-                sum(child.links for child in children),
+                _sum(child.count for child in children),
+                _sum(child.size for child in children),
+                _sum(child.files for child in children),
+                _sum(child.links for child in children),
             )
         )
         self._children = []
@@ -426,13 +458,20 @@ def index_digest(level: int, children: Iterable[Child]) -> bytes:
 
 
 def weight(entry: Entry) -> int:
-    """What an entry counts towards the size of its page: an upper bound of its stored bytes that no location changes."""
-    size = _BASE_WEIGHT + len(entry.name)
+    """What an entry counts towards the size of its page: about its stored bytes at most, but such that no location, and no
+    digest that users see, changes it."""
+    size = _BASE_WEIGHT + _length(entry.name)
     if isinstance(entry, Symlink):
-        return size + len(entry.target)
+        return size + _length(entry.target)
     if isinstance(entry, Ref):
-        return size + len(entry.uri) + len(entry.digest) + sum(len(key) + len(str(value)) for key, value in entry.extra.items())
+        extra = sum(_length(key) + _length(str(value)) for key, value in entry.extra.items())
+        return size + _length(entry.uri) + _length(entry.digest) + extra
     return size
+
+
+def _length(text: str) -> int:
+    """Bytes of ``text`` in UTF-8."""
+    return len(text) if text.isascii() else len(text.encode())
 
 
 def forget_page(data: bytes) -> Page:
@@ -455,6 +494,13 @@ def _totals(entry: Entry) -> tuple[int, int, int]:
     return 0, 0, 0
 
 
+def _sum(totals: Iterable[int]) -> int:
+    result = sum(totals)
+    if result > _MAX_TOTAL:
+        raise IntegrityError(f"a directory claims {result} bytes or files, which cannot be")
+    return result
+
+
 def _ends_page(name: str, level: int) -> bool:
     return xxhash.xxh3_64_intdigest(name.encode(), seed=level) % _CUT == 0
 
@@ -472,60 +518,65 @@ class DirUpdate:
     def __init__(self, tree: Tree, base: Dir | None, store_page: StorePage, twin: Dir | None = None) -> None:
         """``twin``: a stored directory that is probably much the same; a page that it has already is not stored again."""
         self._tree = tree
-        kept = {page.id: page for page in tree.index_pages(base or twin)}
+        self._kept = {page.id: page for page in tree.index_pages(base or twin)}
         if twin is not None and base is None:
-            kept.update((child.page.id, child.page) for child in tree.children(twin))
-        self._builder = DirBuilder(lambda data: kept.get(blake3(data).digest()) or store_page(data))
+            self._kept.update((child.page.id, child.page) for child in tree.children(twin))
+        self._builder = DirBuilder(lambda data: self._kept.get(blake3(data).digest()) or store_page(data))
         self._children = list(tree.children(base)) if base else []
         self._at = 0
-        self._due: list[tuple[str, Entry | None]] = []
+        self._rest: Sequence[Entry] | None = None  # what is left of the leaf at _at; None while it has not been read
+        self._last = ""
 
     def change(self, name: str, entry: Entry | None) -> None:
         """``name`` is ``entry`` (whose own name is ignored); None: it is not there, whether it was or not."""
-        while self._at + 1 < len(self._children) and name >= self._children[self._at + 1].first:
-            self._finish_child()
-        self._due.append((name, entry))
+        if name <= self._last:
+            raise ValueError(f"change of {name!r} comes after {self._last!r}")
+        self._last = name
+        self._add_before(name)
+        if entry is not None:
+            self._builder.add(named(entry, name))
 
     def finish(self) -> Dir:
         """The directory, named ""."""
         while self._at < len(self._children):
             self._finish_child()
-        self._add(_applied((), self._due))
         return self._builder.finish()
 
+    def _add_before(self, name: str) -> None:
+        """Take over the entries of the base before ``name``, and pass over its own."""
+        while self._at + 1 < len(self._children) and name >= self._children[self._at + 1].first:
+            self._finish_child()
+        if self._at == len(self._children):
+            return
+        rest = self._leaf() if self._rest is None else self._rest
+        if not rest:
+            return
+        at = bisect_left(rest, name, key=lambda entry: entry.name)
+        self._add(rest[:at])
+        self._rest = rest[at + (at < len(rest) and rest[at].name == name) :]
+
     def _finish_child(self) -> None:
-        child = self._children[self._at]
-        self._at += 1
-        if self._due or not self._builder.aligned:
-            self._add(_applied(self._tree.leaf(child), self._due))
-            self._due = []
+        """Take over the leaf at hand, or what is left of it; as a page, where a page can start and it is whole."""
+        if self._rest is not None:
+            self._add(self._rest)
+        elif self._builder.aligned:
+            self._builder.keep(self._children[self._at])
         else:
-            self._builder.keep(child)
+            self._add(self._leaf())
+        self._rest = None
+        self._at += 1
+
+    def _leaf(self) -> Sequence[Entry]:
+        child = self._children[self._at]
+        self._kept[child.page.id] = child.page  # the changes may leave it as it was
+        entries = self._tree.leaf(child)
+        if self._at + 1 < len(self._children) and entries[-1].name >= self._children[self._at + 1].first:
+            raise _disordered(self._children[self._at + 1])
+        return entries
 
     def _add(self, entries: Iterable[Entry]) -> None:
         for entry in entries:
             self._builder.add(entry)
-
-
-def _applied(entries: Iterable[Entry], changes: list[tuple[str, Entry | None]]) -> Iterator[Entry]:
-    """``entries`` with ``changes`` applied, both ascending."""
-    pending = iter(changes)
-    change = next(pending, None)
-    for entry in entries:
-        while change is not None and change[0] < entry.name:
-            if change[1] is not None:
-                yield named(change[1], change[0])
-            change = next(pending, None)
-        if change is None or change[0] != entry.name:
-            yield entry
-            continue
-        if change[1] is not None:
-            yield named(change[1], change[0])
-        change = next(pending, None)
-    while change is not None:
-        if change[1] is not None:
-            yield named(change[1], change[0])
-        change = next(pending, None)
 
 
 _EMPTY = Dir("", leaf_digest([]), None, 0, 0, 0, 0)

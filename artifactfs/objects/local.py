@@ -107,21 +107,12 @@ class LocalObjects:
 
     def refresh(self, key: str) -> bool:
         target = f"{self.root}/{key}"
-        with self._errors("keeping", key), contextlib.suppress(FileNotFoundError), _locked(os.path.dirname(target), shared=True):
+        with self._errors("keeping", key), contextlib.suppress(FileNotFoundError):
             try:
-                os.utime(target)
-                return True
+                with _locked(os.path.dirname(target), shared=True):
+                    os.utime(target)
             except PermissionError:  # another user's: a copy of it is ours
-                pass
-            return self._copy_over(key)
-        return False
-
-    def delete(self, key: str, unless_newer: float | None = None) -> bool:
-        target = f"{self.root}/{key}"
-        with self._errors("deleting", key), contextlib.suppress(FileNotFoundError), _locked(os.path.dirname(target)):
-            if unless_newer is not None and os.stat(target).st_mtime > unless_newer:
-                return False
-            os.unlink(target)
+                self._copy_over(key)
             return True
         return False
 
@@ -146,7 +137,7 @@ class LocalObjects:
         _sync_directory(above)
         self._durable.add(directory)
 
-    def _copy_over(self, key: str) -> bool:
+    def _copy_over(self, key: str) -> None:
         writer = LocalWriter(self, self._temporary())
         try:
             with _opened(f"{self.root}/{key}") as fd:
@@ -157,7 +148,6 @@ class LocalObjects:
             writer.commit(key)
         finally:
             writer.abort()
-        return True
 
     @contextlib.contextmanager
     def _errors(self, doing: str, key: str) -> Iterator[None]:
