@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import re
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
 import msgspec
 
@@ -25,13 +25,17 @@ ALGORITHMS = (BLAKE3, MD5, XXH128)
 OBJECT_BLOB = b"b"
 OBJECT_PACK = b"p"
 
+# What a stored number or id may be; the decoder refuses anything else.
+Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+Digest: TypeAlias = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
+
 
 class Extent(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """``length`` bytes at ``offset`` of a stored object. ``object`` is a kind byte (``b`` blob, ``p`` pack) and an id."""
 
     object: bytes
-    offset: int
-    length: int
+    offset: Count
+    length: Count
 
 
 class File(msgspec.Struct, frozen=True, array_like=True, tag=0, gc=False):
@@ -44,9 +48,9 @@ class File(msgspec.Struct, frozen=True, array_like=True, tag=0, gc=False):
     """
 
     name: str
-    size: int
+    size: Count
     executable: bool
-    id: bytes
+    id: Digest
     extents: tuple[Extent, ...] = ()
     blocks: Extent | None = None
     algorithm: str = BLAKE3
@@ -62,7 +66,7 @@ class File(msgspec.Struct, frozen=True, array_like=True, tag=0, gc=False):
 class Page(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Where a page of entries lies, and its id: the BLAKE3 of its bytes."""
 
-    id: bytes
+    id: Digest
     extent: Extent
 
 
@@ -74,12 +78,12 @@ class Dir(msgspec.Struct, frozen=True, array_like=True, tag=1, gc=False):
     """
 
     name: str
-    digest: bytes
+    digest: Digest
     page: Page | None
-    count: int
-    size: int
-    files: int
-    links: int
+    count: Count
+    size: Count
+    files: Count
+    links: Count
 
 
 class Symlink(msgspec.Struct, frozen=True, array_like=True, tag=2, gc=False):
@@ -99,7 +103,7 @@ class Ref(msgspec.Struct, frozen=True, array_like=True, tag=3, gc=False):
     name: str
     uri: str
     digest: str
-    size: int
+    size: Annotated[int, msgspec.Meta(ge=-1, le=(1 << 63) - 1)]
     executable: bool = False
     extra: dict[str, str | int] = {}
     id: bytes = b""
@@ -124,18 +128,18 @@ class Version(msgspec.Struct, frozen=True, kw_only=True):
     entity: str
     project: str
     collection: str
-    number: int
+    number: Count
     type: str
     digest: str
     algorithm: str = BLAKE3
     root: Dir
-    size: int
-    file_count: int
+    size: Count
+    file_count: Count
     state: Literal["COMMITTED", "DELETED"] = "COMMITTED"
     description: str | None = None
     metadata: dict[str, Any] = {}
     tags: list[str] = []
-    ttl: int | None = None
+    ttl: Annotated[int, msgspec.Meta(ge=0, le=1 << 40)] | None = None
     run: str = ""
     commit: str
     base: int | None = None
@@ -163,7 +167,7 @@ class Collection(msgspec.Struct, frozen=True, kw_only=True):
     type: str
     description: str | None = None
     tags: list[str] = []
-    aliases: dict[str, int] = {}
+    aliases: dict[str, Count] = {}
     created_at: str
     updated_at: str
 

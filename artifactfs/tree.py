@@ -24,7 +24,7 @@ from cachetools import LRUCache
 
 from artifactfs.content import manifest_digest
 from artifactfs.errors import IntegrityError
-from artifactfs.model import BLAKE3, Dir, Entry, Extent, File, Page, Ref, Symlink, named
+from artifactfs.model import BLAKE3, Count, Digest, Dir, Entry, Extent, File, Page, Ref, Symlink, named
 from artifactfs.names import MAX_PATH_PART
 
 DIGEST_CONTEXT = "artifactfs 2026-11 directory digest v1"
@@ -50,12 +50,12 @@ class Child(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A page as its index page lists it: its first name, its digest and location, and the totals of what is below it."""
 
     first: str
-    digest: bytes
+    digest: Digest
     page: Page
-    count: int
-    size: int
-    files: int
-    links: int
+    count: Count
+    size: Count
+    files: Count
+    links: Count
 
 
 class _Leaf(msgspec.Struct, frozen=True, array_like=True, tag=0):
