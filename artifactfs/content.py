@@ -24,6 +24,8 @@ from artifactfs.model import ALGORITHMS, BLAKE3, BLOCK, MD5, XXH128, block_count
 
 LIST_CONTEXT = "artifactfs 2026-11 block list v1"
 DIGEST_SIZE = 32
+MAX_CONTENT = 16 << 40
+"""Bytes of one content at most: the largest file of ext4. Its block list is read whole, and has 512 MiB then."""
 
 EMPTY_ID = blake3(b"").digest()
 
@@ -150,12 +152,12 @@ def _new_hash(algorithm: str) -> _Hash | None:
 class CheckedBlocks:
     """Serves ranges of a file's blocks, each block checked before any byte of it is served for the first time.
 
-    What was checked is remembered until the file's modification time moves: from then on every block is checked again.
-    Threads may share one; the worst a race costs is a second check.
+    What was checked is remembered until the file is another one or its change time moves: from then on every block is checked
+    again. Threads may share one; the worst a race costs is a second check.
     """
 
     def __init__(self) -> None:
-        self._stamp = -1
+        self._stamp = (-1, -1)
         self._good: set[int] = set()
 
     def read(self, fd: int, position: int, length: int, start: int, size: int, digest: bytes) -> bytes | None:
@@ -163,7 +165,8 @@ class CheckedBlocks:
 
         None if the block's BLAKE3 is not ``digest``, or the file ends before it does. ``position`` identifies the block.
         """
-        stamp = os.fstat(fd).st_mtime_ns
+        status = os.fstat(fd)
+        stamp = (status.st_ino, status.st_ctime_ns)
         if stamp != self._stamp:
             self._good = set()
             self._stamp = stamp

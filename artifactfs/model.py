@@ -113,8 +113,8 @@ class Ref(msgspec.Struct, frozen=True, array_like=True, tag=3, gc=False):
 
 Entry: TypeAlias = File | Dir | Symlink | Ref
 
-EMPTY_DIGEST = bytes.fromhex("0" * 64)
-"""Placeholder until :mod:`artifactfs.tree` computes it; never stored."""
+MAX_TTL = 1 << 47
+"""Seconds; more than Python's longest timedelta."""
 
 
 class Version(msgspec.Struct, frozen=True, kw_only=True):
@@ -139,7 +139,7 @@ class Version(msgspec.Struct, frozen=True, kw_only=True):
     description: str | None = None
     metadata: dict[str, Any] = {}
     tags: list[str] = []
-    ttl: Annotated[int, msgspec.Meta(ge=0, le=1 << 40)] | None = None
+    ttl: Annotated[int, msgspec.Meta(ge=0, le=MAX_TTL)] | None = None
     run: str = ""
     commit: str
     base: int | None = None

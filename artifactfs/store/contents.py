@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
@@ -20,8 +21,8 @@ _AHEAD = 8 * BLOCK
 class LocalExtents:
     """A content read from the local files that hold it. Each block is checked when this process first reads it.
 
-    Objects are opened at the first read and stay open until :meth:`close`, so a collected garbage object is still readable to
-    whoever had it open. Threads may share one.
+    Objects are opened at the first read and stay open until :meth:`close`, and until the reads under way then are done; so a
+    collected garbage object is still readable to whoever had it open. Threads may share one.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class LocalExtents:
         self._checks = checks
         self._last = -1
         self._lock = threading.Lock()
-        self._files: dict[bytes, int] = {}
+        self._files: dict[bytes, _Opened] = {}
 
     def read(self, offset: int, size: int) -> bytes:
         end = min(offset + size, self._size)
@@ -62,9 +63,7 @@ class LocalExtents:
 
     def close(self) -> None:
         with self._lock:
-            files, self._files = self._files, {}
-        for fd in files.values():
-            os.close(fd)
+            self._files = {}
 
     def _read_block(self, block: int, start: int, size: int) -> bytes:
         position = block * BLOCK
@@ -76,10 +75,10 @@ class LocalExtents:
         length = min(BLOCK, self._size - position)
         place = extent.offset + position - self._starts[at]
         try:
-            fd = self._open(extent.object)
+            opened = self._open(extent.object)
             if block != self._last:
-                self._look_ahead(block, fd, place)
-            data = checks.read(fd, place, length, start, size, self._digest(block))
+                self._look_ahead(block, opened.fd, place)
+            data = checks.read(opened.fd, place, length, start, size, self._digest(block))
         except OSError as error:
             raise from_os_error(error, f"reading {self._where(extent)}") from error
         if data is None:
@@ -97,17 +96,17 @@ class LocalExtents:
             self._digests = self._load_digests()
         return self._digests[block * DIGEST_SIZE : (block + 1) * DIGEST_SIZE]
 
-    def _open(self, object: bytes) -> int:
-        fd = self._files.get(object)
-        if fd is not None:
-            return fd
+    def _open(self, object: bytes) -> _Opened:
+        opened = self._files.get(object)
+        if opened is not None:
+            return opened
         key = object_key(object)
         with self._lock:
             if object not in self._files:
                 path = self._objects.path(key)
                 assert path is not None
                 try:
-                    self._files[object] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                    self._files[object] = _Opened(path)
                 except FileNotFoundError:
                     # Not "not found": the file exists in its version, its bytes are gone.
                     raise IntegrityError(f"content {self._id.hex()} is lost: {key} is not in {self._objects.url}") from None
@@ -115,6 +114,22 @@ class LocalExtents:
 
     def _where(self, extent: Extent) -> str:
         return f"{object_key(extent.object)} of {self._objects.url}"
+
+
+class _Opened:
+    """A descriptor that is closed once nobody has it: a read under way keeps its own, whoever closes the content."""
+
+    __slots__ = ("fd",)
+
+    def __init__(self, path: str) -> None:
+        self.fd = -1
+        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        if not stat.S_ISREG(os.fstat(self.fd).st_mode):
+            raise IntegrityError(f"{path} is not a regular file, so it is no object of a store")
+
+    def __del__(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
 
 
 class ExtentSource:

@@ -6,40 +6,57 @@
     blobs/<aa>/<id>   packs/<aa>/<id>                                  contents and pages
     catalog/<entity>/<project>/<collection>/collection.json            type, description, tags, aliases (compare-and-swap)
     catalog/<entity>/<project>/<collection>/versions/<00000012>.json   one version (create if absent; then compare-and-swap)
-    catalog/<entity>/<project>/<collection>/used/<00000012>/<run>      lineage marks
+    catalog/<entity>/<project>/<collection>/used/<00000012>/<entity>/<project>/<run>   lineage marks
     runs/<entity>/<project>/<run>.json
 
 A version exists once its file does. ``collection.json`` comes after it and may be missing or behind where a commit died in
-between: a collection without it is the one its versions describe, and the next commit mends it.
+between: a collection without it is the one its versions describe, and the next commit mends it. A record that does not say what
+its key says is an IntegrityError; listings pass over it with a warning, and ``fsck`` reports it.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
+import contextlib
 import datetime
+import itertools
+import logging
+import re
 import threading
 import urllib.parse
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeAlias, TypeVar
 
 import msgspec
 from blake3 import blake3
 from cachetools import LRUCache
 
-from artifactfs.content import DIGEST_SIZE, CheckedBlocks, check_block_list
-from artifactfs.errors import ConflictError, IntegrityError, NotFoundError, StoreFormatError
+from artifactfs.content import DIGEST_SIZE, MAX_CONTENT, CheckedBlocks, check_block_list
+from artifactfs.errors import ConflictError, IntegrityError, InvalidNameError, NotFoundError, StoreFormatError, UsageError
 from artifactfs.model import BLOCK, Collection, Entry, Extent, File, Page, Ref, Run, Version, block_count
-from artifactfs.names import LATEST, ArtifactName, version_number
-from artifactfs.objects import ABSENT, ObjectStore, object_key
+from artifactfs.names import LATEST, ArtifactName, check_alias, check_collection, check_entity, check_project, version_number
+from artifactfs.objects import ABSENT, MAX_RECORD, ObjectStore, object_key
 from artifactfs.store import LocalContent
 from artifactfs.store.contents import ExtentSource, LocalExtents
 from artifactfs.tree import Tree
 
 FORMAT = "artifactfs-store"
 FORMAT_VERSION = 1
-_MAX_TABLE = 64 << 20
-"""Bytes of extents that a file may claim: a million of them."""
+MAX_TABLE = 64 << 20
+"""Bytes of a content's table of extents at most: a million of them."""
+
+_MAX_PLACE = 1 << 62
+_MAX_KEY_PART = 240
+"""Bytes: file systems allow 255."""
+_VERSION_FILE = re.compile(r"([0-9]{8,12})\.json")
+
+log = logging.getLogger(__name__)
 
 _Record = TypeVar("_Record", Version, Collection, Run)
+Check: TypeAlias = Callable[[str], str]
+
+_LEVELS = (check_entity, check_project, check_collection)
 
 
 class _Header(msgspec.Struct):
@@ -60,18 +77,36 @@ class NativeStore:
     # The catalog
 
     def entities(self) -> list[str]:
-        return [_unquote(name) for name in self.objects.folders("catalog/")]
+        return _names(self.objects.folders("catalog/"), check_entity)
 
     def projects(self, entity: str) -> list[str]:
-        return [_unquote(name) for name in self.objects.folders(f"catalog/{_quote(entity)}/")]
+        return _names(self.objects.folders(f"catalog/{_quote(entity)}/"), check_project)
 
     def collections(self, entity: str, project: str) -> list[Collection]:
-        found = (self._collection(ArtifactName(entity, project, name)) for name in self.collection_names(entity, project))
-        return [collection for collection, _ in found if collection is not None]
+        found = []
+        for name in self.collection_names(entity, project):
+            try:
+                collection, _ = self._collection(ArtifactName(entity, project, name))
+            except IntegrityError as error:
+                log.warning("not listed: %s", error)
+                continue
+            if collection is not None:
+                found.append(collection)
+        return found
 
     def collection_names(self, entity: str, project: str) -> list[str]:
         """The names of all collections there ever were in a project, sorted."""
-        return [_unquote(name) for name in self.objects.folders(f"catalog/{_quote(entity)}/{_quote(project)}/")]
+        return _names(self.objects.folders(f"catalog/{_quote(entity)}/{_quote(project)}/"), check_collection)
+
+    def strangers(
+        self, prefix: str = "catalog/", checks: Sequence[Check] = (check_entity, check_project, check_collection)
+    ) -> Iterator[str]:
+        """The keys of what lies in the catalog where a name must be, and is none. Readers pass over them."""
+        for part in self.objects.folders(prefix):
+            if _name_of(part, checks[0]) is None:
+                yield prefix + part
+            elif len(checks) > 1:
+                yield from self.strangers(f"{prefix}{part}/", checks[1:])
 
     def collection(self, name: ArtifactName) -> Collection:
         collection, _ = self._collection(name)
@@ -80,7 +115,12 @@ class NativeStore:
         return collection
 
     def versions(self, name: ArtifactName, deleted: bool = False) -> list[Version]:
-        found = [self._version(name, number)[0] for number in self.numbers(name)]
+        found = []
+        for number in self.numbers(name):
+            try:
+                found.append(self._version(name, number)[0])
+            except IntegrityError as error:
+                log.warning("not listed: %s", error)
         if not found:
             self.collection(name)
         return [version for version in found if deleted or version.state == "COMMITTED"]
@@ -106,30 +146,47 @@ class NativeStore:
     def numbers(self, name: ArtifactName) -> list[int]:
         """The numbers of all versions there ever were, deleted ones too, ascending; empty for no collection."""
         prefix = f"{_folder(name)}/versions/"
-        stems = (info.key.removeprefix(prefix).removesuffix(".json") for info in self.objects.scan(prefix))
-        return sorted(int(stem) for stem in stems if stem.isdigit())
+        found = (_VERSION_FILE.fullmatch(info.key, len(prefix)) for info in self.objects.scan(prefix))
+        return sorted(int(match[1]) for match in found if match)
 
     def any_version(self, name: ArtifactName, number: int) -> Version:
         """The version of that number, deleted or not. NotFoundError."""
         return self._version(name, number)[0]
 
-    def newest(self, name: ArtifactName) -> Version | None:
-        """The committed version of the highest number, or None."""
+    def newest(self, name: ArtifactName, without: int | None = None) -> Version | None:
+        """The committed version of the highest number (but ``without``) that can be read, or None."""
         for number in reversed(self.numbers(name)):
-            version, _ = self._version(name, number)
-            if version.state == "COMMITTED":
+            try:
+                version, _ = self._version(name, number)
+            except IntegrityError as error:
+                log.warning("passed over: %s", error)
+                continue
+            if version.state == "COMMITTED" and number != without:
                 return version
         return None
 
     def create_version(self, version: Version) -> bool:
         """Write a version if its number is free. True also if it is this very commit's already."""
-        key = _version_key(ArtifactName(version.entity, version.project, version.collection), version.number)
-        if self.objects.swap(key, _encode(version), ABSENT) is not None:
+        name = ArtifactName(version.entity, version.project, version.collection)
+        if self.objects.swap(_version_key(name, version.number), _encode(version), ABSENT) is not None:
             return True
-        stored, _ = self._get(key, Version)
-        return stored.commit == version.commit
+        try:
+            return self._version(name, version.number)[0].commit == version.commit
+        except IntegrityError:
+            return False
 
     def update_collection(self, name: ArtifactName, change: Callable[[Collection], Collection]) -> Collection:
+        """As the protocol says. NotFoundError if an alias is moved to a version that is not there, or is deleted meanwhile."""
+
+        def checked(collection: Collection) -> Collection:
+            changed = change(collection)
+            for number in {number for alias, number in changed.aliases.items() if collection.aliases.get(alias) != number}:
+                self.version(name.at(f"v{number}"))
+            return changed
+
+        return self._update_collection(name, checked)
+
+    def _update_collection(self, name: ArtifactName, change: Callable[[Collection], Collection]) -> Collection:
         while True:
             collection, etag = self._collection(name)
             if collection is None:
@@ -163,30 +220,41 @@ class NativeStore:
                 raise ConflictError(
                     f"{version.qualified_name} has the aliases {shown}; move them first, or delete them too (--delete-aliases)"
                 )
-            aliases = {alias: number for alias, number in collection.aliases.items() if number != version.number}
-            left = [other.number for other in self.versions(name) if other.number != version.number]
-            if LATEST not in aliases and left:
-                aliases[LATEST] = left[-1]
-            return msgspec.structs.replace(collection, aliases=aliases)
+            return self._without(collection, version.number)
 
-        # Aliases go first: a death in between leaves a version without aliases, not aliases without a version.
-        self.update_collection(name, drop)
-        return self.update_version(
+        # Aliases go first: a death in between leaves a version without aliases, not aliases without a version. And once more
+        # after it: this write, which changes something in any case, meets every one that did not see the version deleted.
+        self._update_collection(name, drop)
+        deleted = self.update_version(
             name.at(version.name), lambda it: msgspec.structs.replace(it, state="DELETED", deleted_at=now())
         )
+        self._update_collection(name, lambda collection: self._without(collection, version.number))
+        return deleted
+
+    def _without(self, collection: Collection, gone: int) -> Collection:
+        """The collection without aliases of version ``gone``; ``latest`` moves to the highest one left."""
+        aliases = {alias: number for alias, number in collection.aliases.items() if number != gone}
+        highest = self.newest(ArtifactName(collection.entity, collection.project, collection.name), without=gone)
+        if LATEST not in aliases and highest is not None:
+            aliases[LATEST] = highest.number
+        return msgspec.structs.replace(collection, aliases=aliases, updated_at=now())
 
     # Runs and lineage
 
     def mark_used(self, version: Version, run: Run) -> None:
-        name = ArtifactName(version.entity, version.project, version.collection)
-        key = f"{_folder(name)}/used/{version.number:08d}/{_quote(run.path)}"
+        key = f"{_used_by(version)}{_quote(run.entity)}/{_quote(run.project)}/{_quote(run.id)}"
         self.objects.swap(key, msgspec.json.encode({"run": run.path, "at": now()}), ABSENT)
 
     def used_by(self, version: Version) -> list[Run]:
-        name = ArtifactName(version.entity, version.project, version.collection)
-        prefix = f"{_folder(name)}/used/{version.number:08d}/"
-        paths = sorted(_unquote(info.key.removeprefix(prefix)) for info in self.objects.scan(prefix))
-        return [self.run(*path.split("/", 2)) for path in paths]
+        prefix = _used_by(version)
+        marks = (info.key.removeprefix(prefix).split("/") for info in self.objects.scan(prefix))
+        found = []
+        for entity, project, id in sorted(tuple(map(_unquote, mark)) for mark in marks if len(mark) == 3):
+            try:
+                found.append(self.run(entity, project, id))
+            except (NotFoundError, IntegrityError) as error:
+                log.warning("not listed: %s", error)
+        return found
 
     def run(self, entity: str, project: str, id: str) -> Run:
         try:
@@ -196,10 +264,16 @@ class NativeStore:
 
     def runs(self, entity: str, project: str) -> list[Run]:
         prefix = f"runs/{_quote(entity)}/{_quote(project)}/"
-        found = [self._get(info.key, Run)[0] for info in self.objects.scan(prefix)]
+        found = []
+        for info in self.objects.scan(prefix):
+            try:
+                found.append(self._get(info.key, Run)[0])
+            except IntegrityError as error:
+                log.warning("not listed: %s", error)
         return sorted(found, key=lambda run: (run.created_at, run.id))
 
     def save_run(self, run: Run) -> None:
+        self.ensure_format()
         key = _run_key(run.entity, run.project, run.id)
         while True:
             merged, etag = run, ABSENT
@@ -242,7 +316,7 @@ class NativeStore:
         if file.size <= BLOCK:
             return file.id
         expected = DIGEST_SIZE * block_count(file.size)
-        if file.blocks is None or file.blocks.length != expected:
+        if file.size > MAX_CONTENT or file.blocks is None or file.blocks.length != expected:
             raise IntegrityError(f"content {file.id.hex()} has no block list of {expected} bytes")
         data = self.read_extent(file.blocks)
         return check_block_list(file.id, file.size, data, f"content {file.id.hex()}")
@@ -271,11 +345,11 @@ class NativeStore:
         return lambda: self.block_list(file)
 
     def _table(self, table: Extent, id: bytes) -> tuple[Extent, ...]:
-        if table.length > _MAX_TABLE:
+        if table.length > MAX_TABLE:
             raise IntegrityError(f"the extents of content {id.hex()} claim {table.length} bytes")
         try:
             return msgspec.msgpack.decode(self.read_extent(table), type=tuple[Extent, ...])
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, RecursionError) as error:
             raise IntegrityError(f"the extents of content {id.hex()} cannot be decoded: {error}") from None
 
     def _load_page(self, page: Page) -> bytes:
@@ -290,37 +364,58 @@ class NativeStore:
     def _check_format(self) -> bool:
         """Whether ``store.json`` is there; StoreFormatError unless it is one we can use."""
         try:
-            data, _ = self.objects.get("store.json")
+            data = self._header()
         except NotFoundError:
-            if self.objects.folders(""):
-                self._refuse_foreign()
             return False
         try:
             header = msgspec.json.decode(data, type=_Header)
-        except msgspec.MsgspecError:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             raise StoreFormatError(f"{self.url} is not an artifactfs store: its store.json cannot be read") from None
         if header.format != FORMAT:
-            raise StoreFormatError(f"{self.url} is not an artifactfs store: store.json says format {header.format!r}")
+            raise StoreFormatError(f"{self.url} is not an artifactfs store: store.json says format {header.format[:40]!r}")
         if header.version > FORMAT_VERSION:
             raise StoreFormatError(
                 f"{self.url} has store format {header.version}; this artifactfs reads up to {FORMAT_VERSION}: upgrade artifactfs"
             )
         return True
 
-    def _refuse_foreign(self) -> None:
-        """A directory that holds other things is no place for a store: somebody mistyped its path."""
-        strangers = set(self.objects.folders("")) - {"tmp"}
-        if strangers:
+    def _header(self) -> bytes:
+        """``store.json``; NotFoundError where a store may be made, StoreFormatError where other things are: somebody mistyped
+        the path."""
+        try:
+            return self.objects.get("store.json")[0]
+        except NotFoundError:
+            stranger = self._stranger()
+            if stranger is None:
+                raise
+        try:
+            return self.objects.get("store.json")[0]  # another process has made the store while we looked
+        except NotFoundError:
             raise StoreFormatError(
-                f"{self.url} holds {sorted(strangers)[0]!r} but no store.json, so it is not an artifactfs store; "
+                f"{self.url} holds {stranger!r} but no store.json, so it is not an artifactfs store; "
                 "name an empty or new directory"
-            )
+            ) from None
+
+    def _stranger(self) -> str | None:
+        """Something in the store that does not belong into one that is just being made."""
+        folders = (folder for folder in self.objects.folders("") if folder != "tmp")
+        objects = (info.key for info in self.objects.scan("") if not info.key.startswith("tmp/"))
+        return next(itertools.chain(folders, objects), None)
 
     def _collection(self, name: ArtifactName) -> tuple[Collection | None, str]:
+        key = f"{_folder(name)}/collection.json"
         try:
-            return self._get(f"{_folder(name)}/collection.json", Collection)
+            collection, etag = self._get(key, Collection)
         except NotFoundError:
             return self._described_by_versions(name), ABSENT
+        if collection.path != name.path:
+            raise IntegrityError(f"{key} in {self.url} says that it is {collection.path}")
+        try:
+            for alias in collection.aliases:
+                check_alias(alias)
+        except InvalidNameError as error:
+            raise IntegrityError(f"{key} in {self.url}: {error}") from None
+        return collection, etag
 
     def _described_by_versions(self, name: ArtifactName) -> Collection | None:
         newest = self.newest(name)
@@ -337,13 +432,23 @@ class NativeStore:
         )
 
     def _version(self, name: ArtifactName, number: int) -> tuple[Version, str]:
-        return self._get(_version_key(name, number), Version)
+        key = _version_key(name, number)
+        version, etag = self._get(key, Version)
+        if version.qualified_name != f"{name.path}:v{number}":
+            raise IntegrityError(f"{key} in {self.url} says that it is {version.qualified_name}")
+        try:
+            for time in (version.created_at, version.updated_at, version.deleted_at):
+                if time or time is not version.deleted_at:
+                    seconds(time)
+        except ValueError:
+            raise IntegrityError(f"{key} in {self.url} has a time that is none") from None
+        return version, etag
 
     def _get(self, key: str, kind: type[_Record]) -> tuple[_Record, str]:
         data, etag = self.objects.get(key)
         try:
             return msgspec.json.decode(data, type=kind), etag
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise IntegrityError(f"{key} in {self.url} cannot be decoded: {error}") from None
 
     def _nearest(self, name: ArtifactName) -> str:
@@ -378,31 +483,79 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
+def seconds(time: str) -> float:
+    """Seconds since the epoch of a stored time; ValueError if it is none."""
+    at = datetime.datetime.fromisoformat(time)
+    if at.tzinfo is None:
+        raise ValueError(f"{time!r} has no time zone")
+    return at.timestamp()
+
+
 def check_extent(extent: Extent) -> None:
-    """IntegrityError for an extent that cannot be: of no blob or pack, or with a negative place or length."""
+    """IntegrityError for an extent that cannot be: of no blob or pack, or with an impossible place or length."""
     try:
         object_key(extent.object)
     except ValueError as error:
         raise IntegrityError(str(error)) from None
-    if extent.offset < 0 or extent.length < 0:
+    if extent.offset < 0 or extent.length < 0 or extent.offset + extent.length > _MAX_PLACE:
         raise IntegrityError(f"an extent of {object_key(extent.object)} claims {extent.length} bytes at {extent.offset}")
 
 
 def _encode(record: Version | Collection | Run) -> bytes:
-    return msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n"
+    """The record as it is stored. UsageError for one that could not be read again."""
+    try:
+        data = msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n"
+    except UnicodeEncodeError:
+        raise UsageError("a description or name is not valid Unicode, so it cannot be stored") from None
+    if len(data) > MAX_RECORD:
+        raise UsageError(f"metadata, description and tags take {len(data)} bytes; at most {MAX_RECORD} can be stored: use a file")
+    return data
 
 
 def _quote(part: str) -> str:
-    """One part of a key for any legal name: percent-encoded but for letters, digits and ``_.-~``; never ``.`` or ``..``."""
-    return urllib.parse.quote(part, safe="")
+    """One part of a key for any legal name: percent-encoded but for ASCII letters, digits and ``_.-~``; never ``.`` or ``..``.
+    What gets too long for a file's name is ``=`` and base64 instead."""
+    if part in ("", ".", ".."):
+        raise InvalidNameError(f"{part!r} cannot be the name of anything in a store")
+    try:
+        quoted = urllib.parse.quote(part, safe="")
+        if len(quoted) > _MAX_KEY_PART:
+            quoted = "=" + base64.urlsafe_b64encode(part.encode()).decode()
+    except UnicodeEncodeError:
+        raise InvalidNameError(f"{part!r} is not valid Unicode") from None
+    if len(quoted) > _MAX_KEY_PART + 10:
+        raise InvalidNameError(f"{part[:40]!r}… is too long to be the name of anything in a store")
+    return quoted
 
 
 def _unquote(part: str) -> str:
-    return urllib.parse.unquote(part)
+    """What :func:`_quote` made ``part`` of; anything at all, where it made it of nothing."""
+    if part.startswith("="):
+        with contextlib.suppress(binascii.Error, UnicodeDecodeError):
+            return base64.urlsafe_b64decode(part[1:]).decode()
+    return urllib.parse.unquote(part, errors="surrogateescape")
+
+
+def _name_of(part: str, check: Check) -> str | None:
+    """The name that a part of a key stands for; None if it stands for none."""
+    try:
+        name = check(_unquote(part))
+        return name if _quote(name) == part else None
+    except InvalidNameError:
+        return None
+
+
+def _names(parts: list[str], check: Check) -> list[str]:
+    return sorted(name for name in (_name_of(part, check) for part in parts) if name is not None)
 
 
 def _folder(name: ArtifactName) -> str:
     return f"catalog/{_quote(name.entity)}/{_quote(name.project)}/{_quote(name.collection)}"
+
+
+def _used_by(version: Version) -> str:
+    name = ArtifactName(version.entity, version.project, version.collection)
+    return f"{_folder(name)}/used/{version.number:08d}/"
 
 
 def _version_key(name: ArtifactName, number: int) -> str:
