@@ -612,7 +612,11 @@ class Artifact:
                     f"{entry.path!r} of {source.version.qualified_name} is in another store; copy that version first"
                 )
             self._borrowed.append(source)
-        return entry.leaf()
+        leaf = entry.leaf()
+        if isinstance(leaf, AddedFile):  # of another draft, whose copies go when it is logged
+            leaf.check()
+            return self._copies().copy(leaf.path, self._algorithm, leaf.skip_cache)
+        return leaf
 
     def _any_session(self) -> Session:
         return self._parent.session if self._parent else session.current()
@@ -795,6 +799,7 @@ class Artifact:
         """Take over what the store says. ``_logged`` last: who sees it sees the rest."""
         version = logged.version
         self._type = version.type
+        self._algorithm = version.algorithm
         self._description = version.description
         self._metadata = copy.deepcopy(version.metadata)
         self._tags = list(version.tags)

@@ -167,6 +167,7 @@ def missing_objects(store: NativeStore, root: Dir) -> list[str]:
 def _create(store: NativeStore, draft: Draft, kind: str, root: Dir) -> Version:
     """Create the version under the next free number."""
     numbers = store.numbers(draft.name)
+    _recheck(store, draft)  # after the numbers: who commits from here on takes the number that is tried first
     time = now()
     version = Version(
         entity=draft.name.entity,
@@ -190,12 +191,16 @@ def _create(store: NativeStore, draft: Draft, kind: str, root: Dir) -> Version:
         updated_at=time,
     )
     while not store.create_version(version):
-        # Somebody else took the number: what was checked against the newest version is checked against theirs.
-        newest = store.newest(draft.name)
-        _type(draft, newest)
-        _check_expected(draft, newest)
+        _recheck(store, draft)
         version = msgspec.structs.replace(version, number=version.number + 1)
     return version
+
+
+def _recheck(store: NativeStore, draft: Draft) -> None:
+    """Somebody else may have committed while we stored: what was checked against the newest version is checked against theirs."""
+    newest = store.newest(draft.name)
+    _type(draft, newest)
+    _check_expected(draft, newest)
 
 
 def _point_aliases(store: NativeStore, draft: Draft, version: Version) -> Version:
