@@ -91,6 +91,7 @@ class WritableTree(Protocol):
     def readdir(self, path: str) -> Iterable[tuple[str, int, int]]: ...
     def readlink(self, path: str) -> str: ...
     def create(self, path: str, mode: int, flags: int, owner: tuple[int, int]) -> int: ...
+    def mknod(self, path: str, mode: int, owner: tuple[int, int]) -> None: ...
     def open(self, path: str, flags: int) -> int: ...
     def read(self, fh: int, size: int, offset: int) -> bytes: ...
     def write(self, fh: int, data: bytes, offset: int) -> int: ...
@@ -369,13 +370,10 @@ class _Writing(_Reading):
 
     def create(self, path: bytes, mode: int, info: Any) -> None:
         fields = info.contents
-        fields.fh = self._tree.create(_decode(path), mode, fields.flags, _caller())
+        fields.fh = self._tree.create(_decode(path), stat.S_IMODE(mode), fields.flags, _caller())
 
     def mknod(self, path: bytes, mode: int, device: int) -> None:
-        if not stat.S_ISREG(mode):
-            raise OSError(errno.EPERM, os.strerror(errno.EPERM))  # sockets, pipes and devices cannot be part of a version
-        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
-        self._tree.release(self._tree.create(_decode(path), mode, flags, _caller()))
+        self._tree.mknod(_decode(path), mode, _caller())
 
     def write(self, path: None, buffer: Any, size: int, offset: int, info: Any) -> int:
         written: int = self._tree.write(info.contents.fh, ctypes.string_at(buffer, size), offset)
@@ -394,7 +392,7 @@ class _Writing(_Reading):
         self._tree.fsyncdir(_decode(path or b"/"))
 
     def mkdir(self, path: bytes, mode: int) -> None:
-        self._tree.mkdir(_decode(path), mode, _caller())
+        self._tree.mkdir(_decode(path), stat.S_IMODE(mode), _caller())
 
     def rmdir(self, path: bytes) -> None:
         self._tree.rmdir(_decode(path))
@@ -412,7 +410,7 @@ class _Writing(_Reading):
         self._tree.link(_decode(old), _decode(new))
 
     def chmod(self, path: bytes, mode: int) -> None:
-        self._tree.chmod(_decode(path), mode)
+        self._tree.chmod(_decode(path), stat.S_IMODE(mode))
 
     def chown(self, path: bytes, uid: int, gid: int) -> None:
         """An id that is not to change is -1 also where it arrives unsigned."""

@@ -59,9 +59,9 @@ def absolute(path: str) -> str:
 
 
 def is_dead(path: str) -> bool:
-    """Whether ``path`` is the mountpoint of a FUSE mount whose daemon is gone."""
+    """Whether ``path`` is the mountpoint of a FUSE mount whose daemon is gone. Attributes the kernel may still have in mind."""
     try:
-        os.stat(path)
+        os.statvfs(path)
     except OSError as error:
         return error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
     return False

@@ -20,7 +20,7 @@ from artifactfs import mountpoint
 from artifactfs.errors import from_os_error
 
 Kind = Literal["mount", "stage"]
-State = Literal["mounted", "detached", "committing", "committed", "failed", "dead", "orphaned"]
+State = Literal["mounted", "detached", "committing", "committed", "failed", "dead", "orphan"]
 
 _KEEP = 86400.0  # seconds for which the outcome of a stage that nobody waited for, and an old log, can be asked for
 
@@ -103,7 +103,7 @@ class MountRecord(msgspec.Struct, frozen=True, kw_only=True):
 class Registry:
     """The records of one user. Any process may read and change them; each file is replaced in one step."""
 
-    def __init__(self, state_dir: str | Path) -> None:
+    def __init__(self, state_dir: str | os.PathLike[str]) -> None:
         self._root = Path(state_dir) / "mounts"
 
     def prepare(self) -> None:
@@ -188,6 +188,26 @@ class Registry:
     def _is_over(self, path: Path) -> bool:
         record = self._read(path.with_suffix(".json"), [])
         return record is None or record.state == "committed"
+
+
+def log_size(path: str) -> int:
+    """Bytes in a log; 0 for none ("")."""
+    try:
+        return os.path.getsize(path) if path else 0
+    except OSError:
+        return 0
+
+
+def last_line(path: str, start: int) -> str:
+    """The last line of a log after ``start``: the reason that libfuse, or the interpreter, gave for a failure."""
+    if not path:
+        return "its reason stands above"
+    with contextlib.suppress(OSError), open(path, errors="replace") as file:
+        file.seek(start)
+        lines = [line.strip() for line in file if line.strip()]
+        if lines:
+            return lines[-1].removeprefix("fuse: ").removeprefix("fusermount: ")
+    return "it gave no reason"
 
 
 def this_process() -> Process:

@@ -213,6 +213,8 @@ class VersionView:
             raise _os_error(errno.ENOTDIR)
         entry = self._tree.lookup(directory, name)
         if entry is None or (self._prefix and not self._shown(path[1:], entry)):
+            if len(name) > names.MAX_PATH_PART:
+                raise _os_error(errno.ENAMETOOLONG)
             raise NotFoundError(f"{self.label} has no path {path[1:]!r}")
         return entry
 

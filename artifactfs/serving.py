@@ -1,0 +1,449 @@
+"""What the process of a mount does: open what is to be shown, mount it, answer questions, and commit a stage when it is over.
+
+The end of a mount is one path whoever begins it: our ``unmount``, ``umount``, ``fusermount -u``, a signal. The kernel takes the
+mount away, libfuse's loop returns, and only then is a stage committed, its outcome written into its record, and told to whoever
+waits. A signal unmounts as ``unmount`` does; while files are still open it detaches the mount and waits :data:`DRAIN` seconds
+for their last close. What is still being written then is not committed: the stage is left to be resumed. A second signal stops
+at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import logging
+import os
+import signal
+import threading
+import urllib.parse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from artifactfs import control, mountpoint, names, registry
+from artifactfs.cache import BlockCache
+from artifactfs.errors import ArtifactFSError, ConflictError, MountError, NotFoundError, UsageError
+from artifactfs.model import BLAKE3, BLOCK, File, Ref, Version
+from artifactfs.mount import FOREVER, Options, Session
+from artifactfs.names import ArtifactName
+from artifactfs.publish import Progress, Published
+from artifactfs.reader import BUDGET, Reader
+from artifactfs.registry import MountRecord, MountRequest, Registry
+from artifactfs.staging import Stage, StageSpec, read_spec
+from artifactfs.store import Store
+from artifactfs.store.urls import open_store
+from artifactfs.view import FRESH, BrowseView, DiffView, FileTree, VersionView
+
+log = logging.getLogger(__name__)
+
+DRAIN = 10.0
+"""Seconds that a signal waits for the last close of the files that are open."""
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_AT_ONCE = 1.0  # seconds within which the loop ends if nothing is open any more (measured: 10 ms)
+_NEWS = 0.2  # seconds between two reports of progress to one listener
+
+
+def run(request: MountRequest, ready: Callable[[MountRecord], None], id: str = "", log_path: str = "") -> int:
+    """Mount, answer and, for a stage, commit, all in this process: exit code 0 once that is done. Call it in the main thread.
+
+    ``ready`` is called once the mount answers. Raises why it cannot be mounted, or why the commit failed.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # before any thread is made: all inherit it
+    try:
+        mounts = Registry(request.state_dir)
+        mounts.prepare()
+        return _Serving(request, mounts, id or mounts.new_id(), log_path).run(ready)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class _Serving:
+    """One mount from before it is mounted until its outcome is told.
+
+    The main thread mounts, answers and commits; a thread waits for signals, another takes questions.
+    """
+
+    def __init__(self, request: MountRequest, registry_: Registry, id: str, log_path: str) -> None:
+        self._request = request
+        self._registry = registry_
+        self._id = id
+        self._log_path = log_path
+        self._where = mountpoint.check(request.mountpoint)
+        self._record: MountRecord | None = None
+        self._stage: Stage | None = None
+        self._session: Session | None = None
+        self._unmounting = threading.Lock()
+        self._discard = False
+        self._drained = True
+        self._mounted = threading.Event()
+        self._ended = threading.Event()  # libfuse's loop has returned
+        self._over = threading.Event()
+        self._outcome: dict[str, Any] = {}
+        self._progress = Progress()
+
+    def run(self, ready: Callable[[MountRecord], None]) -> int:
+        signals = threading.Thread(target=self._obey_signals, name="signals", daemon=True)
+        signals.start()
+        try:
+            with contextlib.ExitStack() as stack:
+                return self._run(stack, ready)
+        finally:
+            self._over.set()
+            assert signals.ident is not None
+            signal.pthread_kill(signals.ident, signal.SIGTERM)
+
+    def _run(self, stack: contextlib.ExitStack, ready: Callable[[MountRecord], None]) -> int:
+        mountpoint.check_device()
+        self._check_place()
+        tree, options = self._open(stack)
+        self._session = Session(tree, self._where, options)
+        server = control.Server(self._registry.socket(self._id), self._answer)
+        stack.callback(server.close, 5 * _NEWS)
+        log_end = registry.log_size(self._log_path)
+        try:
+            self._session.run(lambda: self._announce(options.label, ready))
+        except MountError as error:
+            self._abandon()
+            raise MountError(f"{error}: {registry.last_line(self._log_path, log_end)}") from None
+        self._ended.set()
+        return self._finish()
+
+    def _check_place(self) -> None:
+        """The mount may not cover or lie in what it is made from."""
+        asked = self._request
+        ours = {
+            "cache": asked.cache_dir,
+            "staging directory": asked.resume or asked.staging_dir,
+            "state directory": asked.state_dir,
+        }
+        local = _local_path(asked.store)
+        mountpoint.check_outside(self._where, {**ours, "store": local} if local else ours)
+
+    def _open(self, stack: contextlib.ExitStack) -> tuple[FileTree | Stage, Options]:
+        """The tree to mount and how."""
+        asked = self._request
+        store = open_store(read_spec(Path(asked.resume)).store if asked.resume else asked.store)
+        cache = BlockCache(Path(asked.cache_dir), asked.cache_size)
+        stack.callback(cache.close)
+        budget = 0 if asked.prefetch == "none" else BUDGET
+        reader = Reader(store, cache, offline=asked.offline, budget=budget)
+        stack.callback(reader.close)
+        options = Options("", allow_other=asked.allow_other, extra=asked.options)
+        if asked.kind == "stage":
+            self._stage = open_stage(asked, store, reader)
+            return self._stage, dataclasses.replace(options, label=self._stage.label)
+        view = open_view(asked, store, reader)
+        stack.callback(view.close)
+        if asked.prefetch == "all" and isinstance(view, VersionView):
+            threading.Thread(target=_prefetch, args=(store, reader, view.version), name="prefetch", daemon=True).start()
+        timeout = FRESH if view.changes else FOREVER
+        return view, dataclasses.replace(
+            options, label=view.label, timeout=timeout, keep_pages=True, threads=_can_wait(asked, view)
+        )
+
+    def _announce(self, label: str, ready: Callable[[MountRecord], None]) -> None:
+        """The mount answers: have it on record, and tell whoever asked for it."""
+        assert self._session is not None
+        self._record = MountRecord(
+            id=self._id,
+            kind=self._request.kind,
+            name=label,
+            mountpoint=self._where,
+            store=self._stage.spec.store if self._stage else self._request.store,
+            process=registry.this_process(),
+            started_at=datetime.datetime.now(datetime.UTC).isoformat(),
+            log=self._log_path,
+            staging=str(self._stage.path) if self._stage else "",
+            device=self._session.device,
+        )
+        try:
+            self._registry.save(self._record)
+            self._mounted.set()
+            ready(self._record)
+        except (ArtifactFSError, OSError) as error:  # nobody would ever find this mount
+            log.error("unmounting again: %s", error)
+            self._mounted.set()
+            threading.Thread(target=self._session.stop, daemon=True).start()
+
+    def _abandon(self) -> None:
+        """It never was mounted: a stage made for it has nothing in it, a resumed one stays as it was."""
+        if self._stage is not None and not self._request.resume:
+            self._stage.discard()
+        elif self._stage is not None:
+            self._stage.close()
+
+    def _finish(self) -> int:
+        """What is left to do once nothing is mounted any more."""
+        assert self._record is not None
+        if self._stage is None:
+            self._registry.remove(self._record)
+            self._tell({"result": self._result()})
+            return 0
+        try:
+            self._finish_stage(self._stage)
+        except BaseException as error:
+            kept = f"{error}; the changes are kept in {self._record.staging}: artifactfs commit --resume {self._record.staging}"
+            failure = control.unpack_error({**control.pack_error(error), "message": kept})
+            self._save(state="failed", error=control.pack_error(failure))
+            self._tell({"error": control.pack_error(failure)})
+            self._stage.close()
+            raise failure from error
+        self._tell({"result": self._result()})
+        return 0
+
+    def _finish_stage(self, stage: Stage) -> None:
+        if self._discard:
+            stage.discard()
+            self._save(state="committed", staging="")
+            return
+        if not self._drained:
+            raise ConflictError(f"files in {self._where} were still open {DRAIN:g} s after it was told to end")
+        self._save(state="committing")
+        published = stage.commit(self._report, final=True)
+        self._save(state="committed", **_made(published))
+        stage.remove()
+
+    def _save(self, **changes: Any) -> None:
+        assert self._record is not None
+        self._record = msgspec.structs.replace(self._record, **changes)
+        self._registry.save(self._record)
+
+    def _tell(self, outcome: dict[str, Any]) -> None:
+        self._outcome = outcome
+        self._over.set()
+
+    def _result(self, **more: Any) -> dict[str, Any]:
+        return {"record": msgspec.to_builtins(self._record), "discarded": self._discard, **more}
+
+    def _report(self, progress: Progress) -> None:
+        self._progress = progress
+
+    # Questions, in threads of the control server
+
+    def _answer(self, question: dict[str, Any]) -> control.Answers:
+        if question.get("op") == "unmount":
+            yield from self._answer_unmount(bool(question.get("discard")), bool(question.get("lazy")))
+        elif self._stage is None:
+            raise UsageError(
+                f"{self._where} is a read-only mount: it has nothing to commit; `artifactfs stage` makes one that has"
+            )
+        elif question.get("op") == "commit":
+            yield from self._answer_commit(self._stage)
+        elif question.get("op") == "status":
+            yield {"result": [msgspec.to_builtins(change) for change in self._stage.status()]}
+        else:
+            raise UsageError(f"the daemon does not know {question.get('op')!r}; it is of another version of artifactfs")
+
+    def _answer_unmount(self, discard: bool, lazy: bool) -> control.Answers:
+        with self._unmounting:
+            if not self._ended.is_set():
+                self._unmount_for(discard, lazy)
+        if not self._ended.wait(_AT_ONCE):
+            yield {"result": self._result(detached=True)}
+            return
+        yield from self._progress_until(self._over)
+        yield self._outcome
+
+    def _unmount_for(self, discard: bool, lazy: bool) -> None:
+        self._discard = discard  # before the loop can return and look at it
+        try:
+            self._unmount(lazy)
+        except BaseException:
+            self._discard = False
+            raise
+
+    def _answer_commit(self, stage: Stage) -> control.Answers:
+        done = threading.Event()
+        outcome: list[dict[str, Any]] = []
+
+        def work() -> None:
+            try:
+                made = _made(stage.commit(self._report))
+                outcome.append({"result": {"record": msgspec.to_builtins(self._record), **made}})
+            except BaseException as error:
+                outcome.append({"error": control.pack_error(error)})
+            finally:
+                done.set()
+
+        threading.Thread(target=work, name="commit", daemon=True).start()
+        yield from self._progress_until(done)
+        yield outcome[0]
+
+    def _progress_until(self, done: threading.Event) -> control.Answers:
+        while not done.wait(_NEWS):
+            yield {"progress": dataclasses.asdict(self._progress)}
+
+    def _unmount(self, lazy: bool) -> None:
+        """Take the mount away, if the kernel still has it there and nothing else has been mounted over it."""
+        assert self._session is not None
+        mount = mountpoint.at(self._where)
+        if mount is None or mount.device != self._session.device:
+            if mount is not None and any(m.device == self._session.device for m in mountpoint.table()):
+                raise ConflictError(f"{mount.source} is mounted over {self._where}; unmount that first")
+            return
+        mountpoint.unmount(self._where, lazy)
+
+    # Signals, in a thread of their own
+
+    def _obey_signals(self) -> None:
+        number = signal.sigwait(_SIGNALS)
+        if not self._mounted.is_set() and not self._over.is_set():
+            os._exit(128 + number)  # nothing is mounted and nothing was promised
+        if self._over.is_set():
+            return
+        log.info("%s: unmounting", signal.Signals(number).name)
+        threading.Thread(target=self._drain, name="drain", daemon=True).start()
+        signal.sigwait(_SIGNALS)
+        if not self._over.is_set():
+            log.warning("a second signal: stopping at once")
+            os._exit(128 + number)
+
+    def _drain(self) -> None:
+        """Unmount; while files are open, let their users finish for a while."""
+        assert self._session is not None
+        try:
+            self._unmount(lazy=False)
+        except ArtifactFSError as busy:
+            log.info("%s", busy)
+            with contextlib.suppress(ArtifactFSError):
+                self._unmount(lazy=True)
+        if not self._ended.wait(DRAIN):
+            self._drained = False
+            self._session.stop()
+
+
+def open_view(asked: MountRequest, store: Store, reader: Reader) -> FileTree:
+    """The read-only tree that the request names. NotFoundError if there is none."""
+    text = asked.name
+    _, colon, alias = text.partition(":")
+    if not colon:
+        if asked.path_prefix:
+            raise UsageError(f"--path-prefix needs one version: {text.strip('/')}:latest, say")
+        return _open_levels(asked, store, reader)
+    old, dots, new = alias.partition("..")
+    if dots and old and new:
+        name = names.parse(text.partition(":")[0], asked.entity, asked.project)
+        if asked.path_prefix:
+            raise UsageError(f"--path-prefix needs one version, not the difference {text}")
+        first, second = (store.version(name.at(names.check_alias(part))) for part in (old, new))
+        return DiffView(store, reader, first, second)
+    return VersionView(store, reader, store.version(names.parse(text, asked.entity, asked.project)), asked.path_prefix)
+
+
+def _open_levels(asked: MountRequest, store: Store, reader: Reader) -> BrowseView:
+    """A browsing view. A name that is no level from the top is tried with the default entity and project before it."""
+    parts = names.parse_prefix(asked.name)
+    try:
+        return BrowseView(store, reader, parts)
+    except NotFoundError:
+        defaults = (asked.entity, asked.project)[: max(3 - len(parts), 0)]
+        if not defaults or not all(defaults) or len(defaults) + len(parts) != 3:
+            raise
+        return BrowseView(store, reader, (*defaults, *parts))
+
+
+def open_stage(asked: MountRequest, store: Any, reader: Reader) -> Stage:
+    """The stage that the request makes or resumes. What could only make its commit fail is refused now, before any work."""
+    if asked.resume:
+        return Stage.resume(Path(asked.resume), store, reader)
+    name = names.parse(asked.name, asked.entity, asked.project)
+    for alias in asked.aliases:
+        if alias != names.LATEST:
+            names.check_new_alias(alias)
+    newest = _version_or_none(store, name.at(names.LATEST))
+    base = _base(asked.base or name.alias, store, name, newest)
+    name = name.at("")
+    _check_type(asked.type, store, name)
+    id = os.urandom(6).hex()
+    spec = StageSpec(
+        name=name,
+        store=asked.store,
+        type=asked.type,
+        base=base.number if base else None,
+        aliases=asked.aliases,
+        tags=tuple(names.check_tags(asked.tags)),
+        description=asked.description,
+        metadata=None if asked.metadata is None else names.check_metadata(asked.metadata),
+        expect_base=asked.expect_base,
+        commit=id + os.urandom(10).hex(),
+        algorithm=newest.algorithm if newest else BLAKE3,
+        mountpoint=mountpoint.absolute(asked.mountpoint),
+        created_at=datetime.datetime.now(datetime.UTC).isoformat().replace("+00:00", "Z"),
+    )
+    return Stage.begin(Path(asked.staging_dir) / f"{name.collection}-{id}", spec, store, reader)
+
+
+def _base(text: str, store: Store, name: ArtifactName, newest: Version | None) -> Version | None:
+    if text == "none":
+        return None
+    return store.version(name.at(names.check_alias(text))) if text else newest
+
+
+def _version_or_none(store: Store, name: ArtifactName) -> Version | None:
+    try:
+        return store.version(name)
+    except NotFoundError:
+        return None
+
+
+def _check_type(given: str, store: Store, name: ArtifactName) -> None:
+    if given:
+        names.check_type(given, name.collection)
+    try:
+        known = store.collection(name).type
+    except NotFoundError:
+        known = ""
+    if not known and not given:
+        raise UsageError(f"{name.path} is new, so it needs a type: give --type, such as dataset or model")
+    if known and given and known != given:
+        raise UsageError(f"{name.path} already exists with type {known!r}, not {given!r}; use that type or another name")
+
+
+def _made(published: Published | None) -> dict[str, Any]:
+    if published is None:
+        return {"committed": "", "created": False}
+    return {"committed": published.version.qualified_name, "created": published.created}
+
+
+def _can_wait(asked: MountRequest, view: FileTree) -> bool:
+    """Whether a read may wait for a network: then requests need threads, so that one does not hold up the others. Else one
+    thread answers 5 times as many reads of four programs as four threads that fight over the interpreter."""
+    local = _local_path(asked.store)
+    if not local or not mountpoint.is_local(local):
+        return True
+    versions = view.versions if isinstance(view, (VersionView, DiffView)) else ()
+    return not versions or any(version.root.links for version in versions)
+
+
+def _prefetch(store: Store, reader: Reader, version: Version) -> None:
+    """Bring all of a version into the cache."""
+    for path, entry in store.tree.walk(version.root):
+        if isinstance(entry, (File, Ref)):
+            where = f"{version.qualified_name}/{path}"
+            try:
+                _read_all(reader, entry, where)
+            except ArtifactFSError as error:
+                log.warning("prefetching %s: %s", where, error)
+
+
+def _read_all(reader: Reader, entry: File | Ref, where: str) -> None:
+    if entry.size >= 0 and reader.cached_bytes(entry) >= entry.size:
+        return
+    handle = reader.open(entry, where)
+    try:
+        offset = 0
+        while data := handle.read(offset, BLOCK):
+            offset += len(data)
+    finally:
+        handle.close()
+
+
+def _local_path(store: str) -> str:
+    """The directory of an embedded store; "" for a store elsewhere."""
+    if store.startswith("file:"):
+        return urllib.parse.unquote(urllib.parse.urlsplit(store).path)
+    return "" if "://" in store else store
