@@ -116,6 +116,15 @@ class LocalObjects:
             return True
         return False
 
+    def delete(self, key: str, unless_newer: float | None = None) -> bool:
+        target = f"{self.root}/{key}"
+        with self._errors("deleting", key), contextlib.suppress(FileNotFoundError), _locked(os.path.dirname(target)):
+            if unless_newer is not None and os.stat(target).st_mtime > unless_newer:
+                return False
+            os.unlink(target)
+            return True
+        return False
+
     def _temporary(self) -> str:
         """A path in ``tmp/`` that nobody else has."""
         folder = f"{self.root}/{TEMPORARY}"
