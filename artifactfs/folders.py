@@ -80,11 +80,13 @@ class LocalFolder:
 
     def _local(self, name: str) -> Change:
         path = os.path.join(self.path, name)
-        try:
-            check_part(name, path)
-        except InvalidNameError as error:
-            raise InvalidNameError(f"{error} ({os.fsencode(path)!r} on disk)") from None
+        check_part(name, _shown(path))
         return local_change(path, self.skip)
+
+
+def _shown(path: str) -> str:
+    """``path`` with bytes that are not UTF-8 as ``\\xff``."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def local_change(path: str, skip: Skip | None = None, follow: bool = False) -> Change:
@@ -116,7 +118,7 @@ def _symlink(path: str) -> Symlink:
         target.encode()
     except UnicodeEncodeError:
         raise InvalidNameError(
-            f"the target of symlink {path} is not valid UTF-8: {os.fsencode(target)!r}; replace the link"
+            f"symlink {_shown(path)} leads to {_shown(target)}, which is not valid UTF-8; replace the link"
         ) from None
     return Symlink("", target)
 
@@ -132,7 +134,7 @@ def gather(paths: Sequence[str], references: Sequence[Expanded] = (), skip: Skip
         return LocalFolder(paths[0], extra, skip)
     children = dict(extra)
     for path in paths:
-        name = check_part(os.path.basename(os.path.abspath(path)), path)
+        name = check_part(os.path.basename(os.path.abspath(path)), _shown(path))
         change = local_change(path, skip, follow=True)
         if name in children:
             other = children[name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
 import click
@@ -113,7 +114,7 @@ def _start(session: Session, request: MountRequest, foreground: bool) -> None:
     def ready(record: MountRecord) -> None:
         what = "staged" if record.kind == "stage" else "mounted"
         session.result(record_document(record), f"{record.name} {what} on {record.mountpoint}")
-        click.get_text_stream("stdout").flush()
+        sys.stdout.flush()
 
     if not foreground:
         ready(daemon.start(request))

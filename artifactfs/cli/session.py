@@ -19,7 +19,6 @@ import click
 
 from artifactfs import names, settings
 from artifactfs.cli import output
-from artifactfs.model import scheme_of
 
 
 class Session:
@@ -37,7 +36,7 @@ class Session:
         """The settings in force, with ``--store`` over them; a store that is a path is absolute."""
         found = settings.load()
         store = self.store or found.store
-        if not scheme_of(store):
+        if "://" not in store and not store.startswith("file:"):
             store = os.path.abspath(os.path.expanduser(store))
         return dataclasses.replace(found, store=store)
 
@@ -137,6 +136,9 @@ class Group(GlobalOptions, click.Group):
     """A command with subcommands; the global options may stand at each level."""
 
     command_class = Command
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **{**options, "no_args_is_help": False})
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         super().format_options(ctx, formatter)
