@@ -639,9 +639,9 @@ class Artifact:
     def wait(self, timeout: float | None = None) -> Artifact:
         """Return once it is logged. WaitTimeoutError after ``timeout`` seconds; a ValueError (and what else it is) if the commit
         failed: it may then be logged again. ArtifactNotLoggedError if it never was."""
-        if self._logged is not None:
-            return self
         if self._commit is None:
+            if self._logged is not None:
+                return self
             raise ArtifactNotLoggedError("'Artifact.wait' used prior to logging artifact; use run.log_artifact or save() first")
         if not self._commit.wait(timeout):
             raise WaitTimeoutError(
