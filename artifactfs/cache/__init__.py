@@ -239,18 +239,24 @@ class BlockCache:
         processes keep evicting for a minute.
         """
         try:
-            tree = self._fresh_tree()
-            if tree is None:
-                return 0
-            freed = self._space(tree).prune(target)
-            for found in list(tree.walk()):
-                if found.place.directory and not found.place.name:
-                    tree.remove(found.place)
-            return freed
+            with contextlib.suppress(StaleError):
+                return self._prune(target)
+            self.close()
+            return self._prune(target)
         except (BusyError, StaleError):
             raise ConflictError(f"the cache {self.root} is being changed by another process; try again") from None
         except OSError as error:
             raise from_os_error(error, f"pruning the cache {self.root}") from None
+
+    def _prune(self, target: int) -> int:
+        tree = self._fresh_tree()
+        if tree is None:
+            return 0
+        freed = self._space(tree).prune(target)
+        for found in list(tree.walk()):
+            if found.place.directory and not found.place.name:
+                tree.remove(found.place)
+        return freed
 
     def evict(self, key: bytes) -> int:
         """Remove all of one content. Returns the bytes freed; 0 if nothing was cached. Errors as :meth:`prune`."""

@@ -105,8 +105,8 @@ class Tree:
         _check_owner(self.path, self.top)
         if stat.S_IMODE(os.fstat(self.top.number).st_mode) & 0o077:
             os.chmod(self.top.number, 0o700)
-        self._small = open_directory("small", self.top, create)
-        self._large = open_directory("large", self.top, create)
+        self._small = open_directory("small", self.top, create=True)
+        self._large = open_directory("large", self.top, create=True)
         self._unit = max(4096, os.fstatvfs(self.top.number).f_frsize)
 
     def current(self) -> bool:
@@ -172,10 +172,12 @@ class Tree:
 
     def weight(self, found: Found) -> int:
         """The bytes that ``found`` counts against the limit: at least what it occupies."""
+        allocated = found.info.st_blocks * 512
         if not found.place.name:
-            return found.allocated
+            return allocated
         # Delayed allocation and compression may show less than was paid; a sparse giant is not one of our files.
-        return max(found.allocated, min(self.cost(found.info.st_size), self.cost(BLOCK + SEAL)))
+        cost = self.cost(min(found.info.st_size, BLOCK + SEAL))
+        return cost if cost > allocated else allocated
 
     def overhead(self) -> int:
         """The bytes allocated for everything that :meth:`walk` does not find."""

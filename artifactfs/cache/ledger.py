@@ -53,6 +53,8 @@ class Ledger:
 
     def __init__(self, tree: Tree, limit: int) -> None:
         self.pid = os.getpid()
+        self.seen = 0
+        """What was used after the latest grant."""
         self._tree = tree
         self._limit = limit
         self._mutex = threading.Lock()
@@ -156,6 +158,7 @@ class Ledger:
                     account.granted += grant
                     self._store(account)
                     self._room += grant
+                    self.seen = account.used
                     return True
             return False
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import heapq
+import logging
 import os
 import threading
 from collections.abc import Callable
@@ -13,7 +14,11 @@ from typing import NamedTuple
 from artifactfs.cache.layout import Found, Place, Tree
 from artifactfs.cache.ledger import LOCK_SECONDS, UNKNOWN, BusyError, Ledger, StaleError
 
-_EVICT_SHARE = 16  # each eviction frees a sixteenth: what finding the oldest costs is spread over many writes
+log = logging.getLogger(__name__)
+
+_EVICT_SHARE = 8  # each eviction frees an eighth: what finding the oldest costs is spread over many writes
+_AHEAD_SHARE = 32  # eviction begins when only this share is free, so that writers need not wait for it
+_AHEAD_LEAST = 128 << 20  # in a smaller cache that would be a few blocks
 _BATCH = 64  # unlinks under one lock: some milliseconds
 _PATIENT_SECONDS = 60.0
 
@@ -24,6 +29,14 @@ class _Victim(NamedTuple):
     minus_atime: int
     weight: int
     place: Place
+
+
+class _Survey(NamedTuple):
+    """``found`` bytes are in the cache, ``used`` with all grants; ``victims`` are to go, the oldest first."""
+
+    found: int
+    used: int
+    victims: list[_Victim]
 
 
 class Space:
@@ -55,6 +68,7 @@ class Space:
         OSError (ENOSPC) if the disk is too full.
         """
         if not self.tree.disk_shortage(cost) and self._ledger.take(cost):
+            self._evict_ahead()
             return True
         with self._evicting:
             shortage = self.tree.disk_shortage(cost)
@@ -64,7 +78,7 @@ class Space:
             if shortage:
                 used = self._ledger.used()
                 target = min(target, used - shortage - used // _EVICT_SHARE)
-            self._trim(max(0, target), LOCK_SECONDS)
+            self._trim(max(0, target))
             if self.tree.disk_shortage(cost):
                 raise OSError(errno.ENOSPC, "the last 5 % of its disk are left to others")
             return self._ledger.take(cost)
@@ -77,31 +91,47 @@ class Space:
         """Evict some, and at least ``cost`` bytes: the disk, or a quota that it does not show, turned out to be full."""
         with contextlib.suppress(OSError, BusyError, StaleError), self._evicting:
             used = self._ledger.used()
-            self._trim(max(0, used - max(used // _EVICT_SHARE, cost)), LOCK_SECONDS)
+            self._trim(max(0, used - max(used // _EVICT_SHARE, cost)))
 
     def prune(self, target: int) -> int:
-        """Count anew, and evict until ``target``. Returns the bytes freed."""
-        with self._evicting:
-            return self._trim(target, _PATIENT_SECONDS, thorough=True)
+        """Count anew, and evict until at most ``target`` bytes are in the cache, grants aside. Returns the bytes freed."""
+        with self._evicting, self._ledger.evicting(_PATIENT_SECONDS):
+            survey = self._survey(goal=max(0, self._ledger.used() - target))
+            return self._evict(survey.victims, target + survey.used - survey.found)
 
     def close(self) -> None:
         """Give back what was reserved and not used."""
         self._ledger.close()
 
-    def _trim(self, target: int, seconds: float, thorough: bool = False) -> int:
-        """Count, then evict the least recently used until ``target``. Returns the bytes freed. Needs ``_evicting``.
+    def _evict_ahead(self) -> None:
+        """Begin to evict in the background if little is free."""
+        nearly_full = self._ledger.seen > self._limit - self._limit // _AHEAD_SHARE
+        if nearly_full and self._limit >= _AHEAD_LEAST and self._evicting.acquire(blocking=False):
+            self._ledger.seen = 0  # not again before the next grant
+            threading.Thread(target=self._run_ahead, name="artifactfs-evict", daemon=True).start()
 
-        Without ``thorough`` nothing is done if another process has just made room.
+    def _run_ahead(self) -> None:
+        """Takes over ``_evicting``."""
+        try:
+            self._trim(self._limit - self._limit // _EVICT_SHARE)
+        except (BusyError, StaleError, OSError) as error:
+            log.debug("cache: evicting in the background: %r", error)  # a writer will meet it, and say so
+        finally:
+            self._evicting.release()
+
+    def _trim(self, target: int) -> None:
+        """Count, then evict the least recently used until at most ``target`` bytes are used. Needs ``_evicting``.
+
+        Nothing is done if another process has just made room.
         """
-        with self._ledger.evicting(seconds):
-            used, victims = self._ledger.used(), list[_Victim]()
+        with self._ledger.evicting(LOCK_SECONDS):
+            used = self._ledger.used()
             if used >= UNKNOWN:  # who began to count died: without a count, how much to evict cannot be told
-                used, victims = self._survey(goal=0)
-            if used > target or thorough:
-                used, victims = self._survey(goal=max(0, used - target))
-            return self._evict(victims, target)
+                used = self._survey(goal=0).used
+            if used > target:
+                self._evict(self._survey(goal=used - target).victims, target)
 
-    def _survey(self, goal: int) -> tuple[int, list[_Victim]]:
+    def _survey(self, goal: int) -> _Survey:
         """Count what is used, and find the least recently used files that together weigh ``goal``, the oldest first."""
         begun = self._ledger.begin_count()
         total, selected, heap = self.tree.overhead(), 0, list[_Victim]()
@@ -115,7 +145,7 @@ class Space:
             selected += weight
             while selected - heap[0].weight >= goal:
                 selected -= heapq.heappop(heap).weight
-        return self._ledger.end_count(begun, total), sorted(heap, reverse=True)
+        return _Survey(total, self._ledger.end_count(begun, total), sorted(heap, reverse=True))
 
     def _evict(self, victims: list[_Victim], target: int) -> int:
         """Remove ``victims`` in order until ``target`` is reached. Returns the bytes freed."""
