@@ -1,31 +1,37 @@
 """Looking after a native store: collect what no version refers to, and check every byte that one does.
 
 Both run beside commits and mounts. What keeps ``gc`` from taking what a commit under way needs is the grace period: it spares
-objects younger than that, and everything that a version deleted less than that ago refers to. So no commit may take longer.
+objects younger than that, and everything that a version deleted less than that ago refers to. So a commit is safe if less than
+the grace period passes from its first look at the newest version to its own version's file.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import datetime
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from artifactfs.errors import ArtifactFSError, IntegrityError
+from artifactfs.content import EMPTY_ID, Checksum
+from artifactfs.errors import ArtifactFSError, IntegrityError, NotFoundError
 from artifactfs.model import BLOCK, Dir, Entry, File, Page, Ref, Version
 from artifactfs.names import ArtifactName
-from artifactfs.objects import object_key
+from artifactfs.objects import ObjectInfo, object_key
 from artifactfs.objects.local import TEMPORARY
-from artifactfs.store.native import NativeStore
-from artifactfs.tree import forget_page
+from artifactfs.store.native import NativeStore, seconds
+from artifactfs.tree import DirBuilder, Tree, forget_page
 
 GRACE = 24 * 3600.0
 """Seconds: longer than any commit takes, short enough that a deleted terabyte is gone the next day."""
 
 _WORKERS = 2
 _AHEAD = 64
+_MAX_DONE = 2_000_000
+"""Contents and directories remembered as checked: 200 MB."""
+_OBJECT = re.compile(r"(packs/[0-9a-f]{2}/[0-9a-f]{32}|blobs/[0-9a-f]{2}/[0-9a-f]{64})")
 
 
 @dataclasses.dataclass(slots=True)
@@ -60,7 +66,8 @@ class Checked:
 def gc(store: NativeStore, *, dry_run: bool = False, grace: float = GRACE) -> Collected:
     """Mark versions whose TTL ran out as deleted, then remove objects that nothing refers to any more.
 
-    A page that cannot be read stops it with an IntegrityError before anything is removed: what it refers to is not known.
+    ``grace`` is in seconds. A record or page that cannot be read stops it with an IntegrityError before anything is removed:
+    what it refers to is not known.
     """
     cutoff = time.time() - grace
     result = Collected()
@@ -71,19 +78,18 @@ def gc(store: NativeStore, *, dry_run: bool = False, grace: float = GRACE) -> Co
             result.expired.append(version.qualified_name)
             if not dry_run:
                 _expire(store, version)
-        elif version.state == "DELETED" and _seconds(version.deleted_at) < cutoff:
+        elif version.state == "DELETED" and seconds(version.deleted_at) < cutoff:
             continue
-        _mark(store, version.root, seen, used)
+        _mark(store, version, seen, used)
     keys = {object_key(object) for object in used}
-    for prefix in ("packs/", "blobs/", f"{TEMPORARY}/"):
-        for info in store.objects.scan(prefix):
-            if info.key in keys:
-                result.kept += 1
-            elif info.modified > cutoff:
-                result.young += 1
-            elif dry_run or store.objects.delete(info.key, unless_newer=cutoff):
-                result.removed += 1
-                result.bytes += info.size
+    for info in _collectable(store):
+        if info.key in keys:
+            result.kept += 1
+        elif info.modified > cutoff:
+            result.young += 1
+        elif dry_run or store.objects.delete(info.key, unless_newer=cutoff):
+            result.removed += 1
+            result.bytes += info.size
     return result
 
 
@@ -93,54 +99,70 @@ def fsck(store: NativeStore, report: Callable[[Checked], None] | None = None) ->
     A content that several versions share is read once. References are not fetched.
     """
     checked = Checked()
-    done: set[tuple[object, ...]] = set()
+    done: set[int] = set()
+    for key in store.strangers():
+        yield Problem(key, "", "is in the catalog, but is no name of anything")
     for name in _collections(store):
-        try:
-            versions = store.versions(name)
-            collection = store.collection(name)
-        except ArtifactFSError as error:
-            yield Problem(str(name), "", str(error))
-            continue
-        numbers = {version.number for version in versions}
-        for alias, number in sorted(collection.aliases.items()):
-            if number not in numbers:
-                yield Problem(str(name), "", f"alias {alias!r} leads to v{number}, which is not there")
-        for version in versions:
-            checked.versions += 1
-            yield from check_version(store, version, done, checked, report)
+        yield from _check_collection(store, name)
+        for number in store.numbers(name):
+            try:
+                version = store.any_version(name, number)
+            except ArtifactFSError as error:
+                yield Problem(str(name.at(f"v{number}")), "", str(error))
+                continue
+            if version.state == "COMMITTED":
+                checked.versions += 1
+                yield from check_version(store, version, done, checked, report)
 
 
 def check_version(
     store: NativeStore,
     version: Version,
-    done: set[tuple[object, ...]] | None = None,
+    done: set[int] | None = None,
     checked: Checked | None = None,
     report: Callable[[Checked], None] | None = None,
 ) -> Iterator[Problem]:
     """Every problem of one version, each stored byte read. ``done``: contents and directories that need no second look."""
     done = set() if done is None else done
     checked = checked or Checked()
+    tree = Tree(store.load_page, cache_bytes=0)  # what is on disk now, not what was there when a page was read before
     with ThreadPoolExecutor(_WORKERS, thread_name_prefix="check") as pool:
         window: deque[tuple[str, File, Future[str]]] = deque()
-        for path, entry in _sound_entries(store, version.root, done):
+        for path, entry in _sound_entries(tree, version.root, done):
             if isinstance(entry, str):
                 yield Problem(version.qualified_name, path, entry)
-                continue
-            if isinstance(entry, Ref) and entry.blocks is not None:
+            elif isinstance(entry, Ref) and entry.blocks is not None:
                 trouble = _attempt(lambda ref: store.block_list(ref) and None, entry)
                 if trouble:
                     yield Problem(version.qualified_name, path, trouble)
-            key = (entry.id, entry.extents, entry.blocks, entry.table) if isinstance(entry, File) else ()
-            if not isinstance(entry, File) or key in done:
-                continue
-            done.add(key)
-            window.append((path, entry, pool.submit(_attempt, lambda file: _read_all(store, file), entry)))
-            if len(window) > _AHEAD:
-                yield from _result(version, *window.popleft(), checked, report)
+            elif isinstance(entry, File) and _first(done, entry.id, entry.extents, entry.blocks, entry.table, entry.checksum):
+                window.append((path, entry, pool.submit(_attempt, lambda file: _read_all(store, file), entry)))
+                if len(window) > _AHEAD:
+                    yield from _result(version, *window.popleft(), checked, report)
         while window:
             yield from _result(version, *window.popleft(), checked, report)
-    if version.digest != _attempt_digest(store, version):
+    if version.digest != _attempt_digest(tree, version):
         yield Problem(version.qualified_name, "", "its digest is not that of its files")
+    if (version.size, version.file_count) != (version.root.size, version.root.files):
+        yield Problem(version.qualified_name, "", "its size or file count is not that of its files")
+
+
+def _check_collection(store: NativeStore, name: ArtifactName) -> Iterator[Problem]:
+    try:
+        aliases = store.collection(name).aliases
+    except NotFoundError:  # all of its versions are deleted, or none has come into being yet
+        return
+    except ArtifactFSError as error:
+        yield Problem(str(name), "", str(error))
+        return
+    for alias, number in sorted(aliases.items()):
+        try:
+            store.version(name.at(f"v{number}"))
+        except NotFoundError as error:
+            if store.collection(name).aliases.get(alias) == number:  # still: nobody is just moving it
+                yield Problem(str(name), "", f"alias {alias!r} leads nowhere: {error}")
+        except ArtifactFSError:
+            pass  # reported with the version
 
 
 def _result(
@@ -155,39 +177,47 @@ def _result(
         yield Problem(version.qualified_name, path, problem)
 
 
-def _sound_entries(store: NativeStore, root: Dir, done: set[tuple[object, ...]]) -> Iterator[tuple[str, Entry | str]]:
+def _sound_entries(tree: Tree, root: Dir, done: set[int]) -> Iterator[tuple[str, Entry | str]]:
     """(path, entry) of everything below ``root``; (path, what is wrong) for a directory whose pages are not as they must be."""
     pending: list[tuple[str, Dir]] = [("", root)]
     while pending:
         path, directory = pending.pop()
-        key = (directory.page, directory.digest)
-        if key in done:
+        if not _first(done, directory.page, directory.digest):
             continue
-        done.add(key)
+        rebuilt = DirBuilder(forget_page)
         try:
-            entries = list(store.tree.entries(directory))
-            rebuilt = store.tree.update(None, ((entry.name, entry) for entry in entries), forget_page)
-        except (ArtifactFSError, ValueError) as error:
+            for entry in tree.entries(directory):
+                rebuilt.add(entry)
+                below = f"{path}/{entry.name}" if path else entry.name
+                if isinstance(entry, Dir):
+                    pending.append((below, entry))
+                else:
+                    yield below, entry
+            if _totals(rebuilt.finish()) != _totals(directory):
+                yield path, "the directory's digest or totals are not those of its entries"
+        except ArtifactFSError as error:
             yield path, str(error)
-            continue
-        if _totals(rebuilt) != _totals(directory):
-            yield path, "the directory's digest or totals are not those of its entries"
-        for entry in entries:
-            below = f"{path}/{entry.name}" if path else entry.name
-            if isinstance(entry, Dir):
-                pending.append((below, entry))
-            else:
-                yield below, entry
+
+
+def _first(done: set[int], *key: object) -> bool:
+    """Whether ``key`` is not in ``done``, to which it is added. Hashes will do: at worst something is checked in another run."""
+    seen = hash(key)
+    if seen in done:
+        return False
+    if len(done) >= _MAX_DONE:
+        done.clear()
+    done.add(seen)
+    return True
 
 
 def _totals(directory: Dir) -> tuple[object, ...]:
     return (directory.digest, directory.count, directory.size, directory.files, directory.links)
 
 
-def _attempt_digest(store: NativeStore, version: Version) -> str:
+def _attempt_digest(tree: Tree, version: Version) -> str:
     """The version's digest, computed; its own where damage, reported already, makes that impossible."""
     try:
-        return store.tree.digest(version.root, version.algorithm)
+        return tree.digest(version.root, version.algorithm)
     except ArtifactFSError:
         return version.digest
 
@@ -202,15 +232,18 @@ def _attempt(action: Callable[[File], object] | Callable[[Ref], object], entry: 
 
 
 def _read_all(store: NativeStore, file: File) -> None:
-    """Read and check every block of a content."""
+    """Read and check every block of a content, and the checksum that users see."""
     content = store.local_content(file, recheck=True)
     if content is None:
         raise IntegrityError(f"{store.url} is not local")
+    checksum = Checksum(file.algorithm)
     try:
         for offset in range(0, file.size, BLOCK):
-            content.read(offset, BLOCK)
+            checksum.update(content.read(offset, BLOCK))
     finally:
         content.close()
+    if checksum.finish() != file.checksum or (not file.size and file.id != EMPTY_ID):
+        raise IntegrityError(f"content {file.id.hex()} is sound, but its entry has another digest than it")
 
 
 def _collections(store: NativeStore) -> Iterator[ArtifactName]:
@@ -221,28 +254,38 @@ def _collections(store: NativeStore) -> Iterator[ArtifactName]:
 
 
 def _versions(store: NativeStore) -> Iterator[Version]:
+    """All of them; IntegrityError if there is anything that could be one and cannot be read."""
+    for key in store.strangers():
+        raise IntegrityError(f"{key} in {store.url} is no name of anything; what it holds is not known: move it away first")
     for name in _collections(store):
         for number in store.numbers(name):
             yield store.any_version(name, number)
 
 
-def _mark(store: NativeStore, root: Dir, seen: set[Page], used: set[bytes]) -> None:
-    """Add the objects that the tree refers to."""
-    for page, entries in store.tree.pages(root, seen):
-        used.add(page.extent.object)
-        for entry in entries:
-            for extent in store.places(entry):
-                used.add(extent.object)
+def _mark(store: NativeStore, version: Version, seen: set[Page], used: set[bytes]) -> None:
+    """Add the objects that the tree of ``version`` refers to."""
+    try:
+        for page, entries in store.tree.pages(version.root, seen):
+            used.add(page.extent.object)
+            for entry in entries:
+                for extent in store.places(entry):
+                    used.add(extent.object)
+    except (IntegrityError, NotFoundError) as error:
+        raise IntegrityError(f"{version.qualified_name} cannot be read, so nothing is removed: {error}") from None
+
+
+def _collectable(store: NativeStore) -> Iterator[ObjectInfo]:
+    """The objects that are ours to remove."""
+    for prefix in ("packs/", "blobs/"):
+        yield from (info for info in store.objects.scan(prefix) if _OBJECT.fullmatch(info.key))
+    yield from store.objects.scan(f"{TEMPORARY}/")
 
 
 def _expired(version: Version) -> bool:
-    return version.ttl is not None and _seconds(version.created_at) + version.ttl < time.time()
+    return version.ttl is not None and seconds(version.created_at) + version.ttl < time.time()
 
 
 def _expire(store: NativeStore, version: Version) -> None:
     name = ArtifactName(version.entity, version.project, version.collection, version.name)
-    store.delete_version(name, delete_aliases=True)
-
-
-def _seconds(timestamp: str) -> float:
-    return datetime.datetime.fromisoformat(timestamp).timestamp()
+    with contextlib.suppress(NotFoundError):  # deleted by somebody else, a moment ago
+        store.delete_version(name, delete_aliases=True)

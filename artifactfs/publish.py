@@ -15,13 +15,23 @@ from typing import Any
 import msgspec
 
 from artifactfs.content import check_algorithm
-from artifactfs.errors import ConflictError, IntegrityError, UsageError
-from artifactfs.model import BLAKE3, Collection, Dir, Entry, Version
-from artifactfs.names import LATEST, ArtifactName, check_metadata, check_new_alias, check_tags, check_type
+from artifactfs.errors import ConflictError, IntegrityError, NotFoundError, UsageError
+from artifactfs.model import BLAKE3, MAX_TTL, Collection, Dir, Entry, Page, Version
+from artifactfs.names import (
+    LATEST,
+    ArtifactName,
+    check_collection,
+    check_entity,
+    check_metadata,
+    check_new_alias,
+    check_project,
+    check_tags,
+    check_type,
+)
 from artifactfs.objects import object_key
-from artifactfs.store.native import NativeStore, now
+from artifactfs.store.native import NativeStore, encode_record, now
 from artifactfs.store.upload import Change, Folder, NewFile, NewRef, Progress, Report, Upload
-from artifactfs.tree import DirUpdate, Tree, forget_page
+from artifactfs.tree import EMPTY, DirUpdate, Tree, forget_page
 
 __all__ = ["Change", "Draft", "Folder", "NewFile", "NewRef", "Progress", "Published", "Report", "build_digest", "publish"]
 
@@ -69,38 +79,48 @@ def publish(store: NativeStore, draft: Draft, report: Report | None = None) -> P
     own = _own(store, draft) if draft.retry else None
     if own is not None:
         return Published(_point_aliases(store, draft, own), True)
-    newest = store.newest(draft.name)
-    kind = _type(draft, newest)
-    _check_expected(draft, newest)
+    kind, newest = _fitting(store, draft)
+    encode_record(_version(draft, kind, 0, EMPTY, ""))  # what cannot be stored is refused before anything is
     store.ensure_format()
-    upload = Upload(store, newest, draft.algorithm, report)
+    upload = Upload(store, newest, check_algorithm(draft.algorithm), report)
     try:
         root = upload.build(draft.folder)
-        if newest is not None and root.digest == newest.root.digest:
-            return Published(_point_aliases(store, draft, newest), False)
+        unchanged = _unchanged(store, draft, newest, root)
+        if unchanged is not None:
+            return unchanged
         upload.flush()
     finally:
         upload.close()
-    _check_base(store, draft, root)
-    version = _create(store, draft, kind, root)
-    return Published(_point_aliases(store, draft, version), True)
+    _keep_base(store, draft, root)
+    return _create(store, draft, root)
 
 
 def build_digest(folder: Folder, tree: Tree, algorithm: str = BLAKE3) -> str:
     """The digest that a version of ``folder`` would have, where it holds stored entries and folders only; nothing is stored."""
+    algorithm = check_algorithm(algorithm)
+    pages: dict[bytes, bytes] = {}
+
+    def hold(data: bytes) -> Page:
+        page = forget_page(data)
+        if algorithm != BLAKE3:  # its digest follows from every entry
+            pages[page.id] = data
+        return page
 
     def build(folder: Folder) -> Dir:
-        update = DirUpdate(tree, folder.base, forget_page)
+        update = DirUpdate(tree, folder.base, hold)
         for name, change in folder.changes():
             if isinstance(change, (NewFile, NewRef)):
                 raise TypeError(f"{name!r} is not stored yet")
             update.change(name, change if change is None or isinstance(change, Entry) else build(change))
         return update.finish()
 
-    return tree.digest(build(folder), check_algorithm(algorithm))
+    return tree.beside(pages).digest(build(folder), algorithm)
 
 
 def _check(draft: Draft) -> None:
+    check_entity(draft.name.entity)
+    check_project(draft.name.project)
+    check_collection(draft.name.collection)
     for alias in draft.aliases:
         if alias != LATEST:
             check_new_alias(alias)
@@ -109,27 +129,48 @@ def _check(draft: Draft) -> None:
     check_algorithm(draft.algorithm)
     if draft.type:
         check_type(draft.type, draft.name.collection)
+    if draft.ttl is not None and not 0 < draft.ttl <= MAX_TTL:
+        raise UsageError(f"a time to live of {draft.ttl} seconds cannot be; it must be at least one")
+    if not draft.commit:
+        raise ValueError("a draft needs the id of its commit")
 
 
 def _own(store: NativeStore, draft: Draft) -> Version | None:
     """The version that an earlier attempt of this very commit made."""
-    for number in reversed(store.numbers(draft.name)):
-        version = store.any_version(draft.name, number)
-        if version.commit == draft.commit:
+    for version in reversed(_all_versions(store, draft.name)):
+        if version.commit == draft.commit and version.state == "COMMITTED":
             return version
     return None
 
 
-def _type(draft: Draft, newest: Version | None) -> str:
-    if newest is None:
+def _all_versions(store: NativeStore, name: ArtifactName) -> list[Version]:
+    try:
+        return store.versions(name, deleted=True)
+    except NotFoundError:
+        return []
+
+
+def _fitting(store: NativeStore, draft: Draft) -> tuple[str, Version | None]:
+    """The type of the new version and the newest one that there is, if the draft fits to both."""
+    newest = store.newest(draft.name)
+    kind = _type(store, draft)
+    _check_expected(draft, newest)
+    return kind, newest
+
+
+def _type(store: NativeStore, draft: Draft) -> str:
+    """The type of the new version: the collection's."""
+    try:
+        known = store.collection(draft.name).type
+    except NotFoundError:
         if not draft.type:
-            raise UsageError(f"{draft.name.path} is new, so it needs a type: give --type, such as dataset or model")
+            raise UsageError(f"{draft.name.path} is new, so it needs a type: give --type, such as dataset or model") from None
         return draft.type
-    if draft.type and draft.type != newest.type:
+    if draft.type and draft.type != known:
         raise UsageError(
-            f"{draft.name.path} already exists with type {newest.type!r}, not {draft.type!r}; use that type or another name"
+            f"{draft.name.path} already exists with type {known!r}, not {draft.type!r}; use that type or another name"
         )
-    return newest.type
+    return known
 
 
 def _check_expected(draft: Draft, newest: Version | None) -> None:
@@ -142,40 +183,71 @@ def _check_expected(draft: Draft, newest: Version | None) -> None:
         )
 
 
-def _check_base(store: NativeStore, draft: Draft, root: Dir) -> None:
-    """What is kept of a base that was deleted while its stage was open may be collected by now: then it must still be there."""
-    if draft.base is None or store.any_version(draft.name, draft.base).state == "COMMITTED":
+def _unchanged(store: NativeStore, draft: Draft, newest: Version | None, root: Dir) -> Published | None:
+    """The newest version as the result, if its tree is ``root`` and nobody deletes it meanwhile."""
+    if newest is None or newest.root.digest != root.digest:
+        return None
+    try:
+        return Published(_point_aliases(store, draft, newest), False)
+    except NotFoundError:
+        return None
+
+
+def _keep_base(store: NativeStore, draft: Draft, root: Dir) -> None:
+    """What is kept of a base that was deleted while its stage was open may have been collected, or may be any moment: it must
+    be there, and counts as written now."""
+    if draft.base is None or _is_live(store, draft.name, draft.base):
         return
-    missing = missing_objects(store, root)
-    if missing:
-        raise IntegrityError(
-            f"{draft.name.path}:v{draft.base} was deleted and collected while it was staged, and {missing[0]} is gone; "
-            "the files changed in the stage are still in its staging directory"
-        )
+    for key in objects_of(store, root):
+        if not store.objects.refresh(key):
+            raise IntegrityError(
+                f"{draft.name.path}:v{draft.base} was deleted and collected while it was staged, and {key} is gone; "
+                "the files changed in the stage are still in its staging directory"
+            )
 
 
-def missing_objects(store: NativeStore, root: Dir) -> list[str]:
-    """The keys of objects that the tree ``root`` refers to and that are not in the store."""
-    keys: set[str] = set()
+def _is_live(store: NativeStore, name: ArtifactName, number: int) -> bool:
+    try:
+        return store.any_version(name, number).state == "COMMITTED"
+    except (NotFoundError, IntegrityError):
+        return False
+
+
+def objects_of(store: NativeStore, root: Dir) -> list[str]:
+    """The keys of all objects that the tree ``root`` refers to, sorted. IntegrityError where a page cannot be read."""
+    objects: set[bytes] = set()
     for page, entries in store.tree.pages(root, set()):
-        keys.add(object_key(page.extent.object))
+        objects.add(page.extent.object)
         for entry in entries:
-            keys.update(object_key(extent.object) for extent in store.places(entry))
-    return sorted(key for key in keys if store.objects.size(key) is None)
+            objects.update(extent.object for extent in store.places(entry))
+    return sorted(object_key(object) for object in objects)
 
 
-def _create(store: NativeStore, draft: Draft, kind: str, root: Dir) -> Version:
-    """Create the version under the next free number."""
-    numbers = store.numbers(draft.name)
-    _recheck(store, draft)  # after the numbers: who commits from here on takes the number that is tried first
+def _create(store: NativeStore, draft: Draft, root: Dir) -> Published:
+    """Create the version under the next free number, unless somebody else has just made the same one."""
+    digest = store.tree.digest(root, check_algorithm(draft.algorithm))
+    while True:
+        # The numbers first: whoever commits after that takes the number that is tried here. So what is checked below against
+        # the newest version still holds at the moment at which this one comes into being.
+        numbers = store.numbers(draft.name)
+        kind, newest = _fitting(store, draft)
+        unchanged = _unchanged(store, draft, newest, root)
+        if unchanged is not None:
+            return unchanged
+        version = _version(draft, kind, numbers[-1] + 1 if numbers else 0, root, digest)
+        if store.create_version(version):
+            return Published(_point_aliases(store, draft, version), True)
+
+
+def _version(draft: Draft, kind: str, number: int, root: Dir, digest: str) -> Version:
     time = now()
-    version = Version(
+    return Version(
         entity=draft.name.entity,
         project=draft.name.project,
         collection=draft.name.collection,
-        number=numbers[-1] + 1 if numbers else 0,
+        number=number,
         type=kind,
-        digest=store.tree.digest(root, check_algorithm(draft.algorithm)),
+        digest=digest,
         algorithm=check_algorithm(draft.algorithm),
         root=root,
         size=root.size,
@@ -190,21 +262,11 @@ def _create(store: NativeStore, draft: Draft, kind: str, root: Dir) -> Version:
         created_at=time,
         updated_at=time,
     )
-    while not store.create_version(version):
-        _recheck(store, draft)
-        version = msgspec.structs.replace(version, number=version.number + 1)
-    return version
-
-
-def _recheck(store: NativeStore, draft: Draft) -> None:
-    """Somebody else may have committed while we stored: what was checked against the newest version is checked against theirs."""
-    newest = store.newest(draft.name)
-    _type(draft, newest)
-    _check_expected(draft, newest)
 
 
 def _point_aliases(store: NativeStore, draft: Draft, version: Version) -> Version:
-    """Let the draft's aliases, and ``latest`` unless a newer version has it, point to ``version``."""
+    """Let the draft's aliases, and ``latest`` unless a newer version has it, point to ``version``. NotFoundError if that was
+    deleted meanwhile."""
 
     def point(collection: Collection) -> Collection:
         aliases = dict(collection.aliases)

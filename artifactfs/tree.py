@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import threading
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import msgspec
 import xxhash
@@ -93,6 +93,10 @@ class Tree:
         self._load = load
         self._lock = threading.Lock()
         self._pages: LRUCache[bytes, _Names] = LRUCache(cache_bytes, getsizeof=lambda page: page.cost)
+
+    def beside(self, pages: Mapping[bytes, bytes]) -> Tree:
+        """A tree that has the pages of this one, and ``pages``, by their ids, that are not stored."""
+        return Tree(lambda page: pages.get(page.id) or self._load(page))
 
     def lookup(self, directory: Dir, name: str) -> Entry | None:
         """The entry of that name, or None. Reads one page a level of the directory's index."""

@@ -6,13 +6,17 @@ changing a little of a large file stores a little, and a file without an older o
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from itertools import accumulate
+
 import msgspec
 
 from artifactfs.content import DIGEST_SIZE, content_id
+from artifactfs.errors import UsageError
 from artifactfs.model import BLOCK, OBJECT_BLOB, Extent, File
 from artifactfs.objects import Writer, object_key
 from artifactfs.pack import PackWriter
-from artifactfs.store.native import NativeStore
+from artifactfs.store.native import MAX_TABLE, NativeStore
 
 _NEW = b""
 """Stands for the new object in extents until its id is known."""
@@ -27,6 +31,7 @@ class LargeContent:
     def __init__(self, store: NativeStore, prior: File | None) -> None:
         self._store = store
         self._prior = store.extents(prior) if prior is not None else ()
+        self._starts = [0, *accumulate(extent.length for extent in self._prior)]
         self._known = store.block_list(prior) if prior is not None and prior.size else b""
         self._extents: list[Extent] = []
         self._new_digests = bytearray()
@@ -41,10 +46,13 @@ class LargeContent:
         return self._known[block * DIGEST_SIZE : (block + 1) * DIGEST_SIZE]
 
     def keep(self, length: int) -> None:
-        """The next block, of ``length`` bytes, is the older content's."""
-        block = self.size // BLOCK
-        self.digests += self.known(block)
-        self._extend(_slice(self._prior, self.size, length))
+        """The next block, of ``length`` bytes, is the older content's, which must have it whole."""
+        if min(BLOCK, self._starts[-1] - self.size) != length:
+            raise ValueError(f"the older content has no block of {length} bytes at {self.size}")
+        self.digests += self.known(self.size // BLOCK)
+        at = bisect_right(self._starts, self.size) - 1  # blocks do not straddle extents: NativeStore.extents checks it
+        extent = self._prior[at]
+        self._extend(Extent(extent.object, extent.offset + self.size - self._starts[at], length))
         self.size += length
 
     def take(self, data: memoryview, digest: bytes) -> None:
@@ -73,7 +81,10 @@ class LargeContent:
         )
         if len(extents) == 1:
             return extents, None
-        return (), packs.add(msgspec.msgpack.encode(extents))
+        table = msgspec.msgpack.encode(extents)
+        if len(table) > MAX_TABLE:
+            raise UsageError(f"a content of {self.size} bytes lies in {len(extents)} pieces; store it under another path, afresh")
+        return (), packs.add(table)
 
     def abort(self) -> None:
         """Forget it. Idempotent; after :meth:`finish` it does nothing."""
@@ -98,12 +109,3 @@ class LargeContent:
                 self._extents[-1] = Extent(last.object, last.offset, last.length + extent.length)
                 return
         self._extents.append(extent)
-
-
-def _slice(extents: tuple[Extent, ...], offset: int, length: int) -> Extent:
-    """Where one block of a content lies; blocks do not straddle extents (:meth:`NativeStore.extents` checks it)."""
-    for extent in extents:
-        if offset < extent.length:
-            return Extent(extent.object, extent.offset + offset, length)
-        offset -= extent.length
-    raise ValueError(f"no extent has byte {offset} after the last")

@@ -70,7 +70,7 @@ class NativeStore:
     def __init__(self, objects: ObjectStore) -> None:
         self.objects = objects
         self.url = objects.url
-        self.tree = Tree(self._load_page)
+        self.tree = Tree(self.load_page)
         self._checks = _SharedChecks()
         self._check_format()
 
@@ -168,7 +168,7 @@ class NativeStore:
     def create_version(self, version: Version) -> bool:
         """Write a version if its number is free. True also if it is this very commit's already."""
         name = ArtifactName(version.entity, version.project, version.collection)
-        if self.objects.swap(_version_key(name, version.number), _encode(version), ABSENT) is not None:
+        if self.objects.swap(_version_key(name, version.number), encode_record(version), ABSENT) is not None:
             return True
         try:
             return self._version(name, version.number)[0].commit == version.commit
@@ -196,7 +196,7 @@ class NativeStore:
             if changed == collection and etag != ABSENT:
                 return collection
             changed = msgspec.structs.replace(changed, updated_at=now())
-            if self.objects.swap(f"{_folder(name)}/collection.json", _encode(changed), etag) is not None:
+            if self.objects.swap(f"{_folder(name)}/collection.json", encode_record(changed), etag) is not None:
                 return changed
 
     def update_version(self, name: ArtifactName, change: Callable[[Version], Version]) -> Version:
@@ -207,7 +207,7 @@ class NativeStore:
             if changed == version:
                 return version
             changed = msgspec.structs.replace(changed, updated_at=now())
-            if self.objects.swap(_version_key(name, number), _encode(changed), etag) is not None:
+            if self.objects.swap(_version_key(name, number), encode_record(changed), etag) is not None:
                 return changed
 
     def delete_version(self, name: ArtifactName, delete_aliases: bool = False) -> Version:
@@ -285,7 +285,7 @@ class NativeStore:
                 used = list(dict.fromkeys([*stored.used, *run.used]))
                 logged = list(dict.fromkeys([*stored.logged, *run.logged]))
                 merged = msgspec.structs.replace(run, used=used, logged=logged, created_at=stored.created_at)
-            if self.objects.swap(key, _encode(merged), etag) is not None:
+            if self.objects.swap(key, encode_record(merged), etag) is not None:
                 return
 
     # Contents
@@ -352,7 +352,8 @@ class NativeStore:
         except (msgspec.MsgspecError, RecursionError) as error:
             raise IntegrityError(f"the extents of content {id.hex()} cannot be decoded: {error}") from None
 
-    def _load_page(self, page: Page) -> bytes:
+    def load_page(self, page: Page) -> bytes:
+        """The bytes of a page, checked against its id."""
         data = self.read_extent(page.extent)
         if blake3(data).digest() != page.id:
             where = object_key(page.extent.object)
@@ -501,7 +502,7 @@ def check_extent(extent: Extent) -> None:
         raise IntegrityError(f"an extent of {object_key(extent.object)} claims {extent.length} bytes at {extent.offset}")
 
 
-def _encode(record: Version | Collection | Run) -> bytes:
+def encode_record(record: Version | Collection | Run) -> bytes:
     """The record as it is stored. UsageError for one that could not be read again."""
     try:
         data = msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n"
