@@ -124,11 +124,13 @@ def unmount(
     path: str | os.PathLike[str],
     *,
     discard: bool = False,
+    keep: bool = False,
     lazy: bool = False,
     report: Report | None = None,
     state_dir: str | os.PathLike[str] | None = None,
 ) -> UnmountResult:
-    """Unmount, and wait for the commit of a stage. ``discard`` gives its changes up; ``lazy`` does not wait for open files.
+    """Unmount, and wait for the commit of a stage. ``discard`` gives its changes up; ``keep`` leaves them in
+    the staging directory, to be resumed, and commits nothing; ``lazy`` does not wait for open files.
 
     ConflictError if files are open (nothing has happened then); MountError if it is not mounted or its daemon died (the
     mountpoint is free afterwards, a stage's changes are kept and the error says where); and whatever made the commit fail.
@@ -141,7 +143,7 @@ def unmount(
     registry_ = Registry(state)
     if record.state in ("mounted", "detached", "committing"):
         try:
-            question = {"op": "unmount", "discard": discard, "lazy": lazy}
+            question = {"op": "unmount", "discard": discard, "keep": keep, "lazy": lazy}
             answer = control.ask(registry_.socket(record.id), question, _forward(report))
             return _result(registry_, answer)
         except control.NoDaemonError:
@@ -163,7 +165,7 @@ def status(path: str | os.PathLike[str], **where: Any) -> list[dict[str, str]]:
 
 def main() -> int:
     """The daemon's own process: the request on standard input, the answer on standard output, the log on standard error."""
-    asked = msgspec.json.decode(sys.stdin.buffer.read(), type=_Launch)
+    asked = registry.decode(sys.stdin.buffer.read(), _Launch)
     if os.fork():
         os._exit(0)  # the caller waits for this process only, so no zombie is left of the one that lives on
     faulthandler.enable()
@@ -173,7 +175,7 @@ def main() -> int:
     def answer(value: dict[str, Any]) -> None:
         nonlocal answered
         answered = True
-        os.write(1, msgspec.json.encode(value) + b"\n")
+        os.write(1, registry.encode(value))
         _close_standard()
 
     try:
@@ -203,6 +205,7 @@ def _spawn(request: MountRequest, id: str, log_path: str) -> dict[str, Any]:
     """Run the daemon; what it says once it is mounted or has failed."""
     package = str(Path(artifactfs.__file__).parents[1])
     path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
+    launch = registry.encode(_Launch(request, id, log_path))
     command = [sys.executable, "-P", "-m", "artifactfs.daemon"]
     try:
         with open(log_path, "ab", opener=lambda name, flags: os.open(name, flags, 0o600)) as log_file:
@@ -217,13 +220,15 @@ def _spawn(request: MountRequest, id: str, log_path: str) -> dict[str, Any]:
             )
     except OSError as error:
         raise from_os_error(error, f"starting {' '.join(command)}") from None
-    said, _ = process.communicate(msgspec.json.encode(_Launch(request, id, log_path)))
+    with process:
+        said, _ = process.communicate(launch)
     try:
-        return dict(msgspec.json.decode(said))
-    except msgspec.MsgspecError:
+        answer: dict[str, Any] = registry.decode(said, dict)
+    except ValueError:
         raise MountError(
             f"the mount's daemon died before it answered: {registry.last_line(log_path, 0)}; {log_path} has more"
         ) from None
+    return answer
 
 
 def _check_answers(record: MountRecord) -> None:

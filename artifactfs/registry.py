@@ -8,16 +8,19 @@ machine's boot, so that another process of the same id is not taken for it.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
 from artifactfs import mountpoint
 from artifactfs.errors import from_os_error
+
+_T = TypeVar("_T")
 
 Kind = Literal["mount", "stage"]
 State = Literal["mounted", "detached", "committing", "committed", "failed", "dead", "orphan"]
@@ -133,7 +136,7 @@ class Registry:
         try:
             fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
             with open(fd, "wb") as file:
-                file.write(msgspec.json.encode(record))
+                file.write(encode(record))
                 file.flush()
                 os.fsync(file.fileno())
             os.rename(temporary, path)
@@ -166,8 +169,8 @@ class Registry:
     def _read(self, path: Path, mounted: list[mountpoint.Mounted]) -> MountRecord | None:
         """The record in a file; None for one that is gone or was never whole."""
         try:
-            record = msgspec.json.decode(path.read_bytes(), type=MountRecord)
-        except (OSError, msgspec.MsgspecError):
+            record = decode(path.read_bytes(), MountRecord)
+        except (OSError, ValueError):
             return None
         if record.state not in ("mounted", "committing"):
             return record
@@ -188,6 +191,16 @@ class Registry:
     def _is_over(self, path: Path) -> bool:
         record = self._read(path.with_suffix(".json"), [])
         return record is None or record.state == "committed"
+
+
+def encode(value: object) -> bytes:
+    """``value`` as one line of JSON in ASCII, which also holds paths that are not UTF-8 (msgspec's own encoder refuses them)."""
+    return json.dumps(msgspec.to_builtins(value)).encode()
+
+
+def decode(data: bytes, kind: type[_T]) -> _T:
+    """What :func:`encode` encoded; ValueError for anything else."""
+    return msgspec.convert(json.loads(data), kind)
 
 
 def log_size(path: str) -> int:

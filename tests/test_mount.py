@@ -236,15 +236,15 @@ def test_a_flipped_bit_is_an_error_of_that_file_only(world: World) -> None:
 def test_a_reference_that_changed_is_stale(world: World, tmp_path: Path) -> None:
     targets = [tmp_path / name for name in ("kept", "changed", "gone")]
     for target in targets:
-        target.write_bytes(b"as it was")
+        target.write_bytes(target.name.encode() + b" as it was")
     refs = {
         target.name: NewRef(found.ref, found.block_list) for target in targets for found in expand(target.as_uri(), target.name)
     }
     world.log("a/b/c", MadeFolder(refs))
-    targets[1].write_bytes(b"otherwise")
+    targets[1].write_bytes(b"changed otherwise")
     targets[2].unlink()
     mounted = world.mount("a/b/c:v0")
-    assert (mounted / "kept").read_bytes() == b"as it was"
+    assert (mounted / "kept").read_bytes() == b"kept as it was"
     for name, expected in (("changed", errno.ESTALE), ("gone", errno.ESTALE)):
         with pytest.raises(OSError) as caught:
             (mounted / name).read_bytes()
