@@ -115,6 +115,8 @@ def ask(path: str, question: dict[str, Any], report: Callable[[Any], None] | Non
                         return answer["result"]
                     if report is not None:
                         report(answer.get("progress"))
+        except ArtifactFSError:  # the daemon's answer; some of them are ValueErrors too
+            raise
         except (OSError, ValueError) as error:
             raise NoDaemonError(f"no daemon answers at {path}: {error}") from None
     raise NoDaemonError(f"the daemon at {path} ended without an answer")
