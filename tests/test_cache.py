@@ -187,6 +187,16 @@ def test_block_list(cache: BlockCache) -> None:
     assert not cache.content(found.id, 10).set_list(b"")
 
 
+def test_cached_bytes_counts_only_blocks_of_the_content(cache: BlockCache, root: Path) -> None:
+    content = cache.content(key_of(1), 2 * BLOCK + 1)
+    assert content.cached_bytes() == 0
+    content.write(2, b"x")
+    folder = root / "v1" / "large" / key_of(1).hex()
+    for name, size in (("0", 10), ("1", BLOCK + 32), ("01", BLOCK + 32), ("ff", BLOCK + 32), ("-1", 33), ("what", 33)):
+        (folder / name).write_bytes(bytes(size))
+    assert content.cached_bytes() == BLOCK + 1
+
+
 def test_same_key_other_size(cache: BlockCache) -> None:
     cache.content(key_of(1), 5).write(0, b"12345")
     assert cache.content(key_of(1), 4).read(0, 0, 4) is None

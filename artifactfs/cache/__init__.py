@@ -25,13 +25,12 @@ Never a wrong byte
     a crash, zeroed, truncated, swapped or flipped bytes cost a fetch, never an answer. Nothing is ever synced to disk.
 
 Threads and processes
-    Reading and writing blocks takes no lock that anybody else holds for longer than a dictionary takes. A block is written
-    under its final name; who reads it meanwhile finds it short, which is a miss. Two writers of one block both leave a good
-    one. A descriptor belongs to an object and is closed when its last user lets go of it, so that no thread reads from a
-    number that was closed and opened again. In order: ``Space._evicting``, then the
-    lock on ``evict``, ``Ledger._mutex``, then the lock on ``ledger``, held for microseconds or for 64 unlinks. The locks of this
-    module guard opening, and dictionaries.
-    Nobody waits for another process longer than a second: the block is then not cached.
+    Reading a block, and writing one within the grant, takes no lock of other processes. A block is written under its final
+    name; who reads it meanwhile finds it short, which is a miss. Two writers of one block both leave a good one. A descriptor
+    belongs to an object and is closed when its last user lets go of it, so that no thread reads from a number that was closed
+    and opened again. Lock order: ``BlockCache._opening``, ``Space._evicting``, the lock on ``evict``, ``Ledger._mutex``, the
+    lock on ``ledger`` (held for microseconds, or for 64 unlinks), ``_Memory._lock`` (held for a look into a dictionary).
+    Nobody waits for another process, or for an eviction, longer than a second or two: the block is then not cached.
 
 The limit
     holds at every moment for the sum of the allocated blocks of all files and directories. The ledger's ``used`` is never less
@@ -86,7 +85,6 @@ log = logging.getLogger(__name__)
 
 _SKELETON = 64 << 10  # the empty cache's directories and bookkeeping, generously: a smaller limit means no cache
 _PAUSE_SECONDS = 10.0
-_NO_ROOM_SECONDS = 1.0
 _TOUCH_NS = 10**9
 _RACY_NS = 20 * 10**6  # time stamps tick every 1 to 10 ms: a file changed in the tick of its check would look unchanged
 _COARSE_RACY_NS = 2 * 10**9  # the same on file systems that keep whole seconds
@@ -224,6 +222,7 @@ class BlockCache:
             tree = self._fresh_tree()
             if tree is not None:
                 used, contents, blocks = _census(tree)
+            problem = _unwritable(self.root if tree is None else tree.path)
         except NotPermittedError as error:
             problem = str(error)
         except OSError as error:
@@ -409,9 +408,9 @@ class BlockCache:
     def _drop(self, block: Block, reason: str) -> None:
         log.warning("cache: block %d of %s %s and is dropped", block.number, block.key.hex(), reason)
         self._memory.forget(block.place)
-        directory = self._directory(block.place)
-        if directory is not None:
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):
+            directory = self._directory(block.place)
+            if directory is not None:
                 os.unlink(block.place.name, dir_fd=directory.number)
 
     def _has(self, block: Block) -> bool:
@@ -420,6 +419,16 @@ class BlockCache:
             return directory is not None and has_block(block, directory)
         except OSError:
             return False
+
+    def _lengths(self, place: Place) -> dict[int, int]:
+        """Number and length of each block file beside ``place``."""
+        try:
+            tree = self._tree()
+            found = [] if tree is None else tree.of_key(place.directory)
+        except OSError:
+            return {}
+        numbered = ((identity(file.place)[1], file.info.st_size - SEAL) for file in found if file.place.large)
+        return {number: length for number, length in numbered if number >= 0}
 
     def _write(self, block: Block, data: Data, digest: bytes) -> bool:
         """Whether ``block`` is cached now. After an error, which is logged once, nothing is written for a while."""
@@ -455,7 +464,6 @@ class BlockCache:
         directory = self._directory(place)
         cost = tree.cost(len(data) + SEAL) + (tree.cost(1) if directory is None else 0)
         if not space.reserve(cost):
-            self._paused_until = time.monotonic() + _NO_ROOM_SECONDS  # a search for room costs too much to be made each time
             return False
         written = False
         try:
@@ -519,7 +527,11 @@ class CachedContent:
 
     def cached_bytes(self) -> int:
         """Bytes of the content that seem to be cached."""
-        return sum(block.length for block in map(self._block, range(self._count)) if self._cache._has(block))
+        if self._count < 2:
+            return self.size if self._count and self.has(0) else 0
+        found = self._cache._lengths(self._list().place)
+        blocks = (self._block(number) for number in found if number < self._count)
+        return sum(block.length for block in blocks if found[block.number] == block.length)
 
     def get_list(self) -> bytes | None:
         """The block list of a content of more than one block, if it is cached. The caller checks it against the id."""
@@ -564,6 +576,14 @@ def _census(tree: Tree) -> tuple[int, int, int]:
             contents.add(found.place.directory if found.place.large else found.place.name)
             blocks += found.place.name != LIST_NAME
     return used, len(contents), blocks
+
+
+def _unwritable(path: Path) -> str:
+    """Why nothing can be created at ``path``, or ""."""
+    place = next(place for place in (path, *path.parents) if place.exists())
+    if os.access(place, os.W_OK | os.X_OK):
+        return ""
+    return f"{place} cannot be written to; set ARTIFACTFS_CACHE_DIR to a directory of your own"
 
 
 def _disk(root: Path) -> tuple[int, int]:

@@ -100,13 +100,22 @@ class Ledger:
         """Give back what was not used. A forked child has nothing to give back."""
         if self._record is None or self.pid != os.getpid():
             return
-        with contextlib.suppress(BusyError, StaleError, OSError), self.change() as account:
-            account.used -= min(account.used, self._room)
-            self._room = 0
-            self._write_record(self._flying)
-            if not self._flying:
-                os.unlink(self._record_name, dir_fd=self._writers.number)
-                self._record = None
+        # Not for ever: the garbage collector may call this in a thread that holds the lock.
+        if self._mutex.acquire(timeout=LOCK_SECONDS):
+            try:
+                with contextlib.suppress(BusyError, StaleError, OSError), self._file_locked():
+                    self._give_back(self._account())
+            finally:
+                self._mutex.release()
+
+    def _give_back(self, account: Account) -> None:
+        account.used -= min(account.used, self._room)
+        self._store(account)
+        self._room = 0
+        self._write_record(self._flying)
+        if not self._flying:
+            os.unlink(self._record_name, dir_fd=self._writers.number)
+            self._record = None
 
     @contextlib.contextmanager
     def evicting(self, seconds: float) -> Iterator[None]:
@@ -167,7 +176,9 @@ class Ledger:
         record = open_update(self._record_name, self._writers, new=True)
         fcntl.flock(record.number, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self._record = record
-        account.used += self._tree.cost(8)
+        cost = self._tree.cost(8)
+        account.used += cost
+        account.granted += cost
         self._store(account)
         self._write_record(0)
 

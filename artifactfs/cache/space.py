@@ -8,6 +8,7 @@ import heapq
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ log = logging.getLogger(__name__)
 _EVICT_SHARE = 8  # each eviction frees an eighth: what finding the oldest costs is spread over many writes
 _AHEAD_SHARE = 32  # eviction begins when only this share is free, so that writers need not wait for it
 _AHEAD_LEAST = 128 << 20  # in a smaller cache that would be a few blocks
+_HOPELESS_SECONDS = 1.0  # a search for room that found none costs too much to be made for each block
 _BATCH = 64  # unlinks under one lock: some milliseconds
 _PATIENT_SECONDS = 60.0
 
@@ -51,6 +53,7 @@ class Space:
         self._limit = limit
         self._removed = removed
         self._evicting = threading.Lock()
+        self._hopeless_until = 0.0
         self._ledger = Ledger(tree, limit)
         if not self._ledger.valid():
             with self._ledger.evicting(LOCK_SECONDS):
@@ -70,18 +73,32 @@ class Space:
         if not self.tree.disk_shortage(cost) and self._ledger.take(cost):
             self._evict_ahead()
             return True
-        with self._evicting:
-            shortage = self.tree.disk_shortage(cost)
-            if not shortage and self._ledger.take(cost):
-                return True  # another thread made room meanwhile
-            target = self._limit - max(self._limit // _EVICT_SHARE, cost)
-            if shortage:
-                used = self._ledger.used()
-                target = min(target, used - shortage - used // _EVICT_SHARE)
-            self._trim(max(0, target))
-            if self.tree.disk_shortage(cost):
-                raise OSError(errno.ENOSPC, "the last 5 % of its disk are left to others")
-            return self._ledger.take(cost)
+        if not self._evicting.acquire(timeout=LOCK_SECONDS):
+            return False
+        try:
+            return self._make_room(cost)
+        finally:
+            self._evicting.release()
+
+    def _make_room(self, cost: int) -> bool:
+        """As :meth:`reserve`. Needs ``_evicting``."""
+        shortage = self.tree.disk_shortage(cost)
+        if not shortage and self._ledger.take(cost):
+            return True  # another thread made room meanwhile
+        if time.monotonic() < self._hopeless_until:
+            return False
+        self._hopeless_until = time.monotonic() + _HOPELESS_SECONDS
+        target = self._limit - max(self._limit // _EVICT_SHARE, cost)
+        if shortage:
+            used = self._ledger.used()
+            target = min(target, used - shortage - used // _EVICT_SHARE)
+        self._trim(max(0, target))
+        if self.tree.disk_shortage(cost):
+            raise OSError(errno.ENOSPC, "the last 5 % of its disk are left to others")
+        if not self._ledger.take(cost):
+            return False
+        self._hopeless_until = 0.0
+        return True
 
     def settle(self, cost: int, spent: bool) -> None:
         """End what :meth:`reserve` began: the bytes were added, or not."""
