@@ -40,7 +40,7 @@ def examine(settings: Settings) -> list[Check]:
         checks.append(_attempted(lambda: _mounting(settings)))
     checks.append(_attempted(lambda: _store(settings)))
     checks.append(Check("credentials", True, "none needed: the store is a local directory"))
-    checks += [_cache(settings), *_directories(settings), *_attempted_mounts(settings)]
+    checks += [_cache(settings), *_directories(settings), *_mounts(settings)]
     return checks
 
 
@@ -131,16 +131,16 @@ def _directory(what: str, path: Path) -> Check:
     return Check(what, True, f"{path}: can be written to, {free >> 20:,} MiB free", fix)
 
 
-def _attempted_mounts(settings: Settings) -> Iterator[Check]:
+def _mounts(settings: Settings) -> Iterator[Check]:
     """Mounts that need somebody."""
     try:
-        records = daemon.mounts(state_dir=settings.state_dir)
+        records = daemon.mounts(True, settings.state_dir)
     except ArtifactFSError as error:
         yield Check("mounts", False, str(error), "check the state directory")
         return
-    trouble = [record for record in records if record.state in ("dead", "failed", "orphaned")]
+    trouble = [record for record in records if record.state in ("dead", "failed", "orphan")]
     for record in trouble:
         resume = f"artifactfs commit --resume {record.staging}" if record.staging else f"artifactfs unmount {record.mountpoint}"
         yield Check("mounts", True, f"{record.name} at {record.mountpoint} is {record.state}", resume)
     if not trouble:
-        yield Check("mounts", True, f"{len(records)} mounted")
+        yield Check("mounts", True, f"{sum(record.state == 'mounted' for record in records)} mounted, none dead")

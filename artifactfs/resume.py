@@ -17,7 +17,7 @@ from artifactfs.publish import Report
 from artifactfs.reader import Reader
 from artifactfs.registry import Registry
 from artifactfs.settings import Settings
-from artifactfs.staging import Stage, StageInfo, StageSpec, list_stages, read_spec
+from artifactfs.staging import Stage, StageSpec, list_stages, read_spec
 from artifactfs.store.urls import open_store
 
 
@@ -38,18 +38,13 @@ class Finished:
     created: bool
 
 
-def stages(settings: Settings) -> list[StageInfo]:
-    """All stages of this user that nobody uses, by directory."""
-    return [stage for stage in list_stages(settings.staging_dir) if stage.pid is None and stage.state != "committed"]
-
-
 def find_stage(settings: Settings, path: str) -> Left:
     """The stage whose directory or mountpoint is ``path``; of several that were mounted there the newest.
 
     NotFoundError; ConflictError if it is in use.
     """
     directory = Path(os.path.abspath(path))
-    if (directory / "stage.json").exists():
+    if os.path.isfile(directory / "stage.json"):  # False, not an error, where a dead mount is
         return Left(directory, read_spec(directory))
     where = mountpoint.absolute(path)
     found = [stage for stage in list_stages(settings.staging_dir) if stage.spec is not None and stage.spec.mountpoint == where]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -152,8 +153,10 @@ def test_hidden_imports_say_why() -> None:
     silent = []
     for found in IMPORTS:
         if not found.at_top:
-            lines = MODULES[found.importer].read_text().splitlines()
-            if "#" not in lines[found.line - 1] and not lines[found.line - 2].strip().startswith("#"):
+            lines = MODULES[found.importer].read_text().splitlines()[: found.line]
+            block = list(itertools.takewhile(lambda line: "import " in line, (line for line in reversed(lines))))
+            above = lines[-len(block) - 1] if len(block) < len(lines) else ""
+            if not any("#" in line for line in (*block, above)):
                 silent.append(f"{found.importer}:{found.line}")
     assert not silent
 

@@ -126,8 +126,8 @@ def diff_command(session: Session, old: str, new: str) -> None:
         rows,
         [
             Column("", lambda row: {"added": "A", "modified": "M", "deleted": "D"}[row["change"]]),
-            Column("PATH", lambda row: row["path"] + ("/" if "directory" in (row["kind"], row["old_kind"]) else "")),
-            Column("SIZE", lambda row: _sizes(row["old_size"], row["size"])),
+            Column("", lambda row: row["path"] + ("/" if "directory" in (row["kind"], row["old_kind"]) else "")),
+            Column("", lambda row: _sizes(row["old_size"], row["size"])),
         ],
     )
 

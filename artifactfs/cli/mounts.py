@@ -15,7 +15,6 @@ from artifactfs.cli.progress import progress
 from artifactfs.cli.session import Session, command, pass_session
 from artifactfs.errors import UsageError
 from artifactfs.registry import MountRecord, MountRequest
-from artifactfs.staging import StageInfo
 
 _UNCHANGED = "nothing was changed, so there is no new version"
 
@@ -187,7 +186,7 @@ def commit_command(session: Session, directory: str, again: bool) -> None:
 def status_command(session: Session, directory: str) -> None:
     """List what the stage mounted on DIR adds (A), modifies (M) and deletes (D)."""
     rows = daemon.status(directory, state_dir=session.settings.state_dir)
-    session.rows(rows, [Column("", lambda row: str(row["change"])[0].upper()), Column("PATH", lambda row: row["path"])])
+    session.rows(rows, [Column("", lambda row: str(row["change"])[0].upper()), Column("", lambda row: row["path"])])
     if not rows:
         session.note("nothing was changed")
 
@@ -198,9 +197,6 @@ def status_command(session: Session, directory: str) -> None:
 def mounts_command(session: Session, every: bool) -> None:
     """List the mounts and stages of this user. Those that died or failed to commit say what to do."""
     rows = [record_document(record) for record in daemon.mounts(every, session.settings.state_dir)]
-    if every:
-        known = {row["staging"] for row in rows}
-        rows += [stage_document(stage) for stage in resume.stages(session.settings) if str(stage.directory) not in known]
     session.rows(
         rows,
         [
@@ -215,24 +211,6 @@ def mounts_command(session: Session, every: bool) -> None:
     for row in rows:
         if row["state"] in ("dead", "failed", "orphan") and not session.json:
             session.note(_advice(row))
-
-
-def stage_document(stage: StageInfo) -> dict[str, Any]:
-    """A stage without a mount, with the keys of :func:`record_document`."""
-    spec = stage.spec
-    return {
-        "mountpoint": spec.mountpoint if spec else None,
-        "name": str(spec.name) if spec else None,
-        "kind": "stage",
-        "pid": stage.pid,
-        "state": stage.state,
-        "store": spec.store if spec else None,
-        "started_at": spec.created_at if spec else None,
-        "staging": str(stage.directory),
-        "log": None,
-        "committed": None,
-        "error": None,
-    }
 
 
 def _advice(row: dict[str, Any]) -> str:

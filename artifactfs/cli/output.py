@@ -62,12 +62,11 @@ def duration(seconds: int | None) -> str:
 
 
 def print_table(rows: Iterable[Mapping[str, Any]], columns: Sequence[Column]) -> None:
-    """A header and one line a row; nothing at all for no rows."""
+    """A header, unless no column has a title, and one line a row; nothing at all for no rows."""
     cells = ([shown(column.text(row)) for column in columns] for row in rows)
-    first = True
+    header = [[column.title for column in columns]] if any(column.title for column in columns) else []
     while chunk := list(itertools.islice(cells, _CHUNK)):
-        lines = [[column.title for column in columns], *chunk] if first else chunk
-        first = False
+        lines, header = header + chunk, []
         widths = [max(map(_width, column)) for column in zip(*lines, strict=True)]
         for line in lines:
             print(_aligned(line, widths, columns))
