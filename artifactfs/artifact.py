@@ -442,14 +442,14 @@ class Artifact:
         """
         self._need_open("add_file")
         _check_policy(policy)
-        local = os.fspath(local_path)
-        path = entry_path(name or os.path.basename(check_regular(local)))
+        local = check_regular(os.fspath(local_path))
+        path = entry_path(name or os.path.basename(local))
         if is_tmp:
             path = _content_name(path, local)
         self._check_path(path, local, overwrite)
         leaf = self._taker(policy, skip_cache)(local)
         self._tree.put(path, leaf)
-        self._added[os.fspath(local_path)] = path
+        self._added[local] = path
         return ArtifactManifestEntry(path, leaf, self)
 
     def add_dir(
@@ -529,9 +529,8 @@ class Artifact:
             path = entry_path(name or entry.path.rpartition("/")[2])
             leaves: list[tuple[str, Leaf]] = [(path, self._borrow(entry))]
         else:
-            assert isinstance(uri, str)
             items = expand(
-                uri, name or "", checksum=checksum, max_objects=max_objects or DEFAULT_MAX_OBJECTS, algorithm=self._algorithm
+                str(uri), name or "", checksum=checksum, max_objects=max_objects or DEFAULT_MAX_OBJECTS, algorithm=self._algorithm
             )
             leaves = [(item.path, NewRef(item.ref, item.block_list)) for item in items]
         for path, leaf in leaves:

@@ -103,6 +103,7 @@ class Run:
         for names that cannot be and for the type of an existing collection; nothing is done then.
         """
         self._check_running("log_artifact")
+        self._take_config()
         given = _check_new_aliases(aliases)
         checked = check_tags([tags] if isinstance(tags, str) else tags or [])
         artifact = self._artifact(artifact_or_path, name, type)
@@ -130,6 +131,7 @@ class Run:
         NotFoundError (also W&B's CommError) for a name that does not exist.
         """
         self._check_running("use_artifact")
+        self._take_config()
         given = _check_new_aliases(aliases)
         if isinstance(artifact_or_name, Artifact):
             artifact = artifact_or_name
@@ -155,6 +157,10 @@ class Run:
         with contextlib.suppress(ValueError):
             session.active_runs.remove(self)
         failures = [error for artifact in self._logged if (error := _failure(artifact)) is not None]
+        try:
+            self._take_config()
+        except InvalidNameError as error:
+            failures.append(error)
         self._save()
         if failures:
             for other in failures[1:]:
@@ -200,12 +206,17 @@ class Run:
         self._save(used=[source.version.qualified_name])
         self._session.store.mark_used(source.version, self._record)
 
+    def _take_config(self) -> None:
+        """Take the configuration over into the record, in the caller's thread: it may be edited while a commit runs."""
+        config = _plain_config(self.config)
+        with self._lock:
+            self._record = msgspec.structs.replace(self._record, config=config)
+
     def _save(self, used: Sequence[str] = (), logged: Sequence[str] = ()) -> None:
         """Store the record with further names in it."""
         with self._lock:
             record = msgspec.structs.replace(
                 self._record,
-                config=_plain_config(self.config),
                 used=list(dict.fromkeys([*self._record.used, *used])),
                 logged=list(dict.fromkeys([*self._record.logged, *logged])),
                 updated_at=now(),

@@ -78,6 +78,7 @@ class _Serving:
         self._session: Session | None = None
         self._unmounting = threading.Lock()
         self._discard = False
+        self._keep = False
         self._drained = True
         self._mounted = threading.Event()
         self._ended = threading.Event()  # libfuse's loop has returned
@@ -200,6 +201,12 @@ class _Serving:
             stage.discard()
             self._save(state="committed", staging="")
             return
+        if self._keep:
+            stage.close()
+            assert self._record is not None
+            left = MountError(f"it was unmounted without a commit: artifactfs commit --resume {self._record.staging}")
+            self._save(state="failed", error=control.pack_error(left))
+            return
         if not self._drained:
             raise ConflictError(f"files in {self._where} were still open {DRAIN:g} s after it was told to end")
         self._save(state="committing")
@@ -226,7 +233,7 @@ class _Serving:
 
     def _answer(self, question: dict[str, Any]) -> control.Answers:
         if question.get("op") == "unmount":
-            yield from self._answer_unmount(bool(question.get("discard")), bool(question.get("lazy")))
+            yield from self._answer_unmount(*(bool(question.get(key)) for key in ("discard", "keep", "lazy")))
         elif self._stage is None:
             raise UsageError(
                 f"{self._where} is a read-only mount: it has nothing to commit; `artifactfs stage` makes one that has"
@@ -238,22 +245,22 @@ class _Serving:
         else:
             raise UsageError(f"the daemon does not know {question.get('op')!r}; it is of another version of artifactfs")
 
-    def _answer_unmount(self, discard: bool, lazy: bool) -> control.Answers:
+    def _answer_unmount(self, discard: bool, keep: bool, lazy: bool) -> control.Answers:
         with self._unmounting:
             if not self._ended.is_set():
-                self._unmount_for(discard, lazy)
+                self._unmount_for(discard, keep, lazy)
         if not self._ended.wait(_AT_ONCE):
             yield {"result": self._result(detached=True)}
             return
         yield from self._progress_until(self._over)
         yield self._outcome
 
-    def _unmount_for(self, discard: bool, lazy: bool) -> None:
-        self._discard = discard  # before the loop can return and look at it
+    def _unmount_for(self, discard: bool, keep: bool, lazy: bool) -> None:
+        self._discard, self._keep = discard, keep  # before the loop can return and look at them
         try:
             self._unmount(lazy)
         except BaseException:
-            self._discard = False
+            self._discard = self._keep = False
             raise
 
     def _answer_commit(self, stage: Stage) -> control.Answers:

@@ -27,10 +27,13 @@ class Session:
         self.store: NativeStore = open_store(settings.store)
         self._reader: Reader | None = None
         self._lock = threading.Lock()
+        self._process = os.getpid()
 
     @property
     def reader(self) -> Reader:
         """Reads stored contents and references, checked; opened when it is first needed."""
+        if self._process != os.getpid():  # forked: the threads and locks of the parent's reader are not ours
+            self._process, self._lock, self._reader = os.getpid(), threading.Lock(), None
         with self._lock:
             if self._reader is None:
                 cache = BlockCache(self.settings.cache_dir, self.settings.cache_size)

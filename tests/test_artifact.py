@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import xxhash
 from blake3 import blake3
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import artifactfs as afs
@@ -130,6 +130,7 @@ def is_tree(contents: dict[str, bytes]) -> bool:
     return not any(other.startswith(path + "/") for path in contents for other in contents)
 
 
+@settings(max_examples=40)
 @given(trees.filter(is_tree), st.sampled_from(["MD5", "BLAKE3"]))
 def test_a_draft_has_the_digest_of_its_version(contents: dict[str, bytes], algorithm: str) -> None:
     artifact = Artifact(f"n{secrets.token_hex(8)}", "t", digest_algorithm=algorithm)  # the store lives through all examples
@@ -220,8 +221,9 @@ def test_add_file(data: Path) -> None:
 def test_add_file_of_what_is_no_file(data: Path, path: str) -> None:
     os.mkfifo(data / "fifo")
     (data / "broken").symlink_to("nowhere")
-    with pytest.raises(ValueError, match="Path is not a file"):
-        Artifact("n", "t").add_file(str(data / path))
+    for name in (None, "named"):
+        with pytest.raises(ValueError, match="Path is not a file"):
+            Artifact("n", "t").add_file(str(data / path), name=name)
 
 
 @pytest.mark.parametrize("name", ["..", "../x", "a/../b", "/abs", "C:\\x", "a/\0", "x" * 256, "a\udcff"])

@@ -52,6 +52,18 @@ def test_a_run_has_a_record_from_the_start() -> None:
     assert [found.id for found in afs.Api().runs("acme/vision")] == [run.id]
 
 
+def test_a_configuration_that_cannot_be_stored(tmp_path: Path) -> None:
+    """It is refused in the caller's thread, and no commit fails of it."""
+    run = afs.init()
+    artifact = run.log_artifact(made("x"))
+    run.config.bad = object()
+    with pytest.raises(InvalidNameError, match=r"config\.bad"):
+        run.log_artifact(made("y"))
+    with pytest.raises(InvalidNameError, match=r"config\.bad"):
+        run.finish()
+    assert artifact.version == "v0" and afs.Api().run(run.id).logged == ["acme/uncategorized/bikes:v0"]
+
+
 def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ARTIFACTFS_ENTITY")
     monkeypatch.setenv("LOGNAME", "somebody")
