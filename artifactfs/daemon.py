@@ -61,19 +61,18 @@ class UnmountResult:
 
 def request(settings: Settings, kind: registry.Kind, name: str, path: str | os.PathLike[str], **fields: Any) -> MountRequest:
     """A request with the directories and the store of ``settings``; ``store`` and the others may be given in ``fields``."""
-    fields.setdefault("store", settings.store)
-    return MountRequest(
-        kind=kind,
-        name=name,
-        mountpoint=os.path.abspath(path),
-        cache_dir=str(settings.cache_dir),
-        cache_size=settings.cache_size,
-        staging_dir=str(settings.staging_dir),
-        state_dir=str(settings.state_dir),
-        entity=fields.pop("entity", settings.entity),
-        project=fields.pop("project", settings.project),
-        **{**fields, "store": _absolute(fields["store"])},
-    )
+    given = {
+        "store": settings.store,
+        "cache_dir": str(settings.cache_dir),
+        "cache_size": settings.cache_size,
+        "staging_dir": str(settings.staging_dir),
+        "state_dir": str(settings.state_dir),
+        "entity": settings.entity,
+        "project": settings.project,
+        **fields,
+    }
+    given["store"] = _absolute(given["store"])
+    return MountRequest(kind=kind, name=name, mountpoint=os.path.abspath(path), **given)
 
 
 def start(request: MountRequest) -> MountRecord:

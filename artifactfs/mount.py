@@ -10,8 +10,8 @@ Only operations that are needed are defined, because each one that is defined is
 
 Importing this module raises MountError where libfuse 2 is not installed.
 
-Threads: libfuse calls from many threads, or from one where :class:`Options` says so; :meth:`Session.stop` may be called from
-any, :meth:`Session.run` must be called in the main thread.
+Threads: libfuse calls from many threads, or from one where :class:`Options` says so. :meth:`Session.run` must be called in the
+main thread.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import errno
 import itertools
 import logging
 import os
-import signal
 import stat
 import sys
 import threading
@@ -141,43 +140,13 @@ class Session:
         self._tree = tree
         self._path = path
         self._options = options
-        self._fuse: int | None = None
-        self._thread = 0
         self._device = -1
-        self._ended = threading.Event()
 
     def run(self, ready: Callable[[], None]) -> None:
         """Mount and answer until it is unmounted, by whomever. ``ready`` is called once, when the mount answers.
 
         MountError if the mount does not come about; libfuse has then written its reason to file descriptor 2.
         """
-        self._thread = threading.get_ident()
-        before = signal.signal(signal.SIGUSR1, lambda *_: None)  # its arrival alone interrupts the wait for a request
-        try:
-            self._serve(ready)
-        finally:
-            self._ended.set()
-            signal.signal(signal.SIGUSR1, before)
-
-    def stop(self) -> None:
-        """End the mount now: what waits for an answer gets an error. Returns when :meth:`run` is about to."""
-        if self._fuse is None:
-            return
-        mount = mountpoint.at(self._path)
-        if mount is not None and mount.device == self._device:
-            with contextlib.suppress(ArtifactFSError):
-                mountpoint.unmount(self._path, lazy=True)
-        if not mountpoint.abort(self._device):
-            fuse._libfuse.fuse_exit(ctypes.c_void_p(self._fuse))
-        while not self._ended.wait(0.05):
-            signal.pthread_kill(self._thread, signal.SIGUSR1)
-
-    @property
-    def device(self) -> int:
-        """The minor device number of the mount, which names its connection; -1 before it is ready."""
-        return self._device
-
-    def _serve(self, ready: Callable[[], None]) -> None:
         writable = hasattr(self._tree, "write")
         adapter = _Writing if writable else _Reading
         failed = ""
@@ -185,16 +154,20 @@ class Session:
             adapter(self._tree, self._path, self._arguments(writable), lambda: self._started(ready))
         except RuntimeError as error:  # fusepy's word for fuse_main's exit code
             failed = str(error)
-        if self._fuse is None:
+        if self._device == -1:
             raise MountError(f"{self._options.label} could not be mounted on {self._path}")
         if failed:
             log.warning("libfuse ended with code %s", failed)
 
+    @property
+    def device(self) -> int:
+        """The minor device number of the mount, which names its connection; -1 before it is ready."""
+        return self._device
+
     def _started(self, ready: Callable[[], None]) -> None:
         """The kernel has asked its first question, to which the answer is about to be given."""
-        self._fuse = fuse._libfuse.fuse_get_context().contents.fuse
         mount = mountpoint.at(self._path)
-        self._device = mount.device if mount is not None else -1
+        self._device = mount.device if mount is not None else 0
         ready()
 
     def _arguments(self, writable: bool) -> dict[str, Any]:

@@ -157,16 +157,6 @@ def users(path: str) -> list[str]:
     return [f"{_name(pid)} ({pid})" for pid in _pids() if any(_within(link, path) for link in _links(pid))]
 
 
-def abort(device: int) -> bool:
-    """End a FUSE connection at once: everything that waits for an answer gets an error. False if the system has no switch."""
-    try:
-        with open(f"/sys/fs/fuse/connections/{device}/abort", "w") as file:
-            file.write("1")
-    except OSError:
-        return False
-    return True
-
-
 def _parse(line: str) -> Mounted:
     """One line of mountinfo: proc(5)."""
     left, _, right = line.partition(" - ")

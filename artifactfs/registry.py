@@ -60,6 +60,8 @@ class MountRequest(msgspec.Struct, frozen=True, kw_only=True):
     metadata: dict[str, Any] | None = None
     expect_base: bool = False
     resume: str = ""
+    drain: float = 10.0
+    """Seconds that a signal waits for the last close of files that are open."""
 
 
 class Process(msgspec.Struct, frozen=True):

@@ -2,9 +2,9 @@
 
 The end of a mount is one path whoever begins it: our ``unmount``, ``umount``, ``fusermount -u``, a signal. The kernel takes the
 mount away, libfuse's loop returns, and only then is a stage committed, its outcome written into its record, and told to whoever
-waits. A signal unmounts as ``unmount`` does; while files are still open it detaches the mount and waits :data:`DRAIN` seconds
-for their last close. What is still being written then is not committed: the stage is left to be resumed. A second signal stops
-at once.
+waits. A signal unmounts as ``unmount`` does; while files are still open it detaches the mount and waits for their last close,
+``MountRequest.drain`` seconds. What is still being written then is not committed: the stage is left to be resumed. A second
+signal stops at once.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import functools
 import logging
 import os
 import signal
@@ -38,9 +39,6 @@ from artifactfs.store.urls import open_store
 from artifactfs.view import FRESH, BrowseView, DiffView, FileTree, VersionView
 
 log = logging.getLogger(__name__)
-
-DRAIN = 10.0
-"""Seconds that a signal waits for the last close of the files that are open."""
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _AT_ONCE = 1.0  # seconds within which the loop ends if nothing is open any more (measured: 10 ms)
@@ -79,7 +77,6 @@ class _Serving:
         self._unmounting = threading.Lock()
         self._discard = False
         self._keep = False
-        self._drained = True
         self._mounted = threading.Event()
         self._ended = threading.Event()  # libfuse's loop has returned
         self._over = threading.Event()
@@ -103,7 +100,8 @@ class _Serving:
         tree, options = self._open(stack)
         self._session = Session(tree, self._where, options)
         server = control.Server(self._registry.socket(self._id), self._answer)
-        stack.callback(server.close, 5 * _NEWS)
+        self._server_close = functools.partial(server.close, 5 * _NEWS)
+        stack.callback(self._server_close)
         log_end = registry.log_size(self._log_path)
         try:
             self._session.run(lambda: self._announce(options.label, ready))
@@ -168,7 +166,7 @@ class _Serving:
         except (ArtifactFSError, OSError) as error:  # nobody would ever find this mount
             log.error("unmounting again: %s", error)
             self._mounted.set()
-            threading.Thread(target=self._session.stop, daemon=True).start()
+            threading.Thread(target=self._unmount, args=(True,), daemon=True).start()
 
     def _abandon(self) -> None:
         """It never was mounted: a stage made for it has nothing in it, a resumed one stays as it was."""
@@ -187,10 +185,7 @@ class _Serving:
         try:
             self._finish_stage(self._stage)
         except BaseException as error:
-            kept = f"{error}; the changes are kept in {self._record.staging}: artifactfs commit --resume {self._record.staging}"
-            failure = control.unpack_error({**control.pack_error(error), "message": kept})
-            self._save(state="failed", error=control.pack_error(failure))
-            self._tell({"error": control.pack_error(failure)})
+            failure = self._fail(error)
             self._stage.close()
             raise failure from error
         self._tell({"result": self._result()})
@@ -207,12 +202,20 @@ class _Serving:
             left = MountError(f"it was unmounted without a commit: artifactfs commit --resume {self._record.staging}")
             self._save(state="failed", error=control.pack_error(left))
             return
-        if not self._drained:
-            raise ConflictError(f"files in {self._where} were still open {DRAIN:g} s after it was told to end")
         self._save(state="committing")
         published = stage.commit(self._report, final=True)
         self._save(state="committed", **_made(published))
         stage.remove()
+
+    def _fail(self, error: BaseException) -> ArtifactFSError:
+        """Have it on record that nothing was committed, and why; the error to raise says where the changes are."""
+        assert self._record is not None
+        packed = control.pack_error(error)
+        staging = self._record.staging
+        packed["message"] += f"; the changes are kept in {staging}: artifactfs commit --resume {staging}"
+        self._save(state="failed", error=packed)
+        self._tell({"error": packed})
+        return control.unpack_error(packed)
 
     def _save(self, **changes: Any) -> None:
         assert self._record is not None
@@ -318,9 +321,20 @@ class _Serving:
             log.info("%s", busy)
             with contextlib.suppress(ArtifactFSError):
                 self._unmount(lazy=True)
-        if not self._ended.wait(DRAIN):
-            self._drained = False
-            self._session.stop()
+        if not self._ended.wait(self._request.drain):
+            self._give_up()
+
+    def _give_up(self) -> None:
+        """End this process beside libfuse's loop, which goes on as long as files are open. The kernel answers their users with
+        ENOTCONN; what a stage was told is in its directory."""
+        assert self._record is not None
+        if self._stage is None:
+            self._registry.remove(self._record)
+        else:
+            open_ = ConflictError(f"files in {self._where} were still open {self._request.drain:g} s after it was told to end")
+            self._fail(open_)
+        self._server_close()
+        os._exit(1)
 
 
 def open_view(asked: MountRequest, store: Store, reader: Reader) -> FileTree:

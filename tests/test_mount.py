@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 from mounting import World, needs_fuse, world
-from shelves import until
+from shelves import until, write_files
 
-from artifactfs.folders import MadeFolder
-from artifactfs.model import BLOCK
+from artifactfs.content import EMPTY_ID
+from artifactfs.folders import MadeFolder, local_change
+from artifactfs.model import BLOCK, File
 from artifactfs.objects import object_key
 from artifactfs.publish import NewRef
 from artifactfs.references import expand
@@ -188,14 +189,10 @@ def test_xattrs(module_mount: Path) -> None:
 
 
 def test_a_directory_of_100000_and_awkward_names(world: World) -> None:
-    root = world.root / "many"
-    (root / "d").mkdir(parents=True)
-    for number in range(100_000):
-        os.mknod(root / "d" / f"entry-{number:06d}")
+    many: dict[str, Any] = {f"entry-{number:06d}": File("", 0, False, EMPTY_ID) for number in range(100_000)}
     awkward = ["n" * 255, "é" * 127, "new\nline", "tab\t", "quote'\"", "\\", " ", "-rf", "日本語", "\x7f\x01", "a,b", "🚲"]
-    for name in awkward:
-        (root / name).write_text(name)
-    world.log("a/b/many", root)
+    root = write_files(world.root / "many", {name: name.encode() for name in awkward})
+    world.log("a/b/many", MadeFolder({**{name: local_change(str(root / name)) for name in awkward}, "d": MadeFolder(many)}))
     mounted = world.mount("a/b/many:v0")
     assert sorted(os.listdir(mounted / "d")) == [f"entry-{number:06d}" for number in range(100_000)]
     assert sorted(os.listdir(mounted)) == sorted([*awkward, "d"])
