@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -672,3 +673,56 @@ def test_completion(shell: str) -> None:
         "COMP_CWORD": "1" if shell != "fish" else "ver",
     }
     assert "versions" in executable(env=env).stdout
+
+
+# --- stores on bad disks -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 4 MiB."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", path], check=True)
+    yield path
+    subprocess.run(["umount", "--lazy", path], check=True)
+
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+
+
+@pytest.mark.root
+@needs_root
+def test_store_on_a_full_disk(afs: Program, small_disk: Path, tmp_path: Path) -> None:
+    big = write_files(tmp_path / "big", {"noise": os.urandom(8 * BLOCK)})
+    ran = afs("--store", small_disk / "store", "log", "a/b/c", big, "--type", "t", code=1)
+    assert "No space left" in ran.err
+    assert "make space" in ran.err
+    assert ran.err.count("\n") == 1
+    small = write_files(tmp_path / "small", {"file": b"1"})
+    assert afs("--store", small_disk / "store", "log", "a/b/c", small, "--type", "t").out == "a/b/c:v0\n"
+    afs("--store", small_disk / "store", "fsck")
+
+
+@pytest.mark.root
+@needs_root
+def test_store_on_a_read_only_disk(afs: Program, small_disk: Path, tmp_path: Path) -> None:
+    small = write_files(tmp_path / "small", {"file": b"1"})
+    store = ["--store", str(small_disk / "store")]
+    afs(*store, "log", "a/b/c", small, "--type", "t")
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    assert afs(*store, "get", "a/b/c", tmp_path / "out").code == 0
+    (small / "file").write_text("2")
+    for command in (["log", "a/b/c", str(small)], ["alias", "a/b/c", "add", "x"], ["delete", "a/b/c:v0"]):
+        ran = afs(*store, *command, code=7)
+        assert "mounted read-only" in ran.err
+        assert ran.err.count("\n") == 1
+
+
+@pytest.mark.root
+@needs_root
+def test_get_onto_a_full_disk(afs: Program, small_disk: Path, tmp_path: Path) -> None:
+    afs("log", "a/b/c", write_files(tmp_path / "big", {"noise": os.urandom(8 * BLOCK)}), "--type", "t")
+    ran = afs("get", "a/b/c", small_disk / "out", code=1)
+    assert "No space left" in ran.err
+    assert ran.err.count("\n") == 1

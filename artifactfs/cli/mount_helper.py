@@ -71,3 +71,7 @@ def _mount(arguments: list[str]) -> None:
 def _failed(reason: object, code: int) -> int:
     print(f"mount.artifactfs: {reason}", file=sys.stderr)
     return code
+
+
+if __name__ == "__main__":
+    main()
