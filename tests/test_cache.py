@@ -120,6 +120,15 @@ def test_large_content(cache: BlockCache) -> None:
     assert content.read(3, 700, 77) == part(data, 3)[700:]
 
 
+def test_reading_in_sequence_and_back(cache: BlockCache) -> None:
+    data = noise("sequence", 12 * BLOCK + 9)
+    content = cache.content(key_of(1), len(data))
+    for block in (*range(7), *range(9, 13)):
+        content.write(block, part(data, block))
+    for block in (*range(13), 3, 4, 5, 6, 7, 12, 0, 1):
+        assert whole(content, block) == (None if block in (7, 8) else part(data, block))
+
+
 def test_caches_share(cache: BlockCache, root: Path) -> None:
     data = noise("shared", 2 * BLOCK)
     other = BlockCache(root, PLENTY)
@@ -645,7 +654,7 @@ def start(target: Callable[..., None], *args: object) -> multiprocessing.process
 
 def test_processes_share_it(root: Path) -> None:
     limit = 5 * MIB
-    processes = [start(contend, str(root), limit, seed, 4.0) for seed in range(4)]
+    processes = [start(contend, str(root), limit, seed, 3.0) for seed in range(4)]
     most = 0
     while any(process.is_alive() for process in processes):
         most = max(most, allocated(root))
@@ -771,6 +780,7 @@ def test_read_only_disk(small_disk: Path, caplog: pytest.LogCaptureFixture) -> N
     assert not cache.content(key_of(3), 3).write(0, b"abc")
     assert caplog.text.count("Read-only file system; reading on without it") == 1
     assert cache.info().contents == 1
+    assert "cannot be written to; set ARTIFACTFS_CACHE_DIR" in cache.info().problem
     with pytest.raises(NotPermittedError, match="read-only"):
         cache.prune()
 

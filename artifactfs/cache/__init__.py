@@ -88,6 +88,7 @@ _PAUSE_SECONDS = 10.0
 _TOUCH_NS = 10**9
 _RACY_NS = 20 * 10**6  # time stamps tick every 1 to 10 ms: a file changed in the tick of its check would look unchanged
 _COARSE_RACY_NS = 2 * 10**9  # the same on file systems that keep whole seconds
+_READ_AHEAD = 4  # blocks: what a fast disk delivers while one is checked and served
 _OPEN_FILES = 64
 _OPEN_DIRECTORIES = 32
 _HELD_SHARE = 64 << 20  # one open file per this much of the limit: an evicted file's space is free only once it is closed
@@ -378,6 +379,13 @@ class BlockCache:
                 os.utime(file.number, ns=(now, info.st_mtime_ns))
         return file, info
 
+    def _advise(self, block: Block) -> None:
+        """Let the system begin to load the file of ``block``, if it is there."""
+        with contextlib.suppress(OSError):
+            file = self._open_anew(block.place, keep=False)
+            if file is not None and hasattr(os, "posix_fadvise"):  # not on macOS
+                os.posix_fadvise(file.number, 0, 0, os.POSIX_FADV_WILLNEED)
+
     def _open_anew(self, place: Place, keep: bool) -> Fd | None:
         directory = self._directory(place)
         if directory is None:
@@ -498,6 +506,8 @@ class CachedContent:
         self._cache = cache
         self._name = key.hex()
         self._count = block_count(size)
+        self._latest = -1  # read in sequence up to this block,
+        self._ahead = 0  # and the system was asked to load up to that one. A race costs an advice.
 
     def read(self, block: int, start: int, size: int, digest: bytes = b"") -> bytes | None:
         """``size`` bytes from ``start`` of block number ``block``; None if they are not cached.
@@ -508,6 +518,8 @@ class CachedContent:
         found = self._block(block)
         if start < 0 or size < 0 or start + size > found.length:
             raise ValueError(f"bytes {start} to {start + size} are not in block {block} of {found.length} bytes")
+        if block != self._latest and self._count > 1:
+            self._read_ahead(block)
         return self._cache._read(found, start, size, digest) if found.length else b""
 
     def write(self, block: int, data: Data, digest: bytes = b"") -> bool:
@@ -553,6 +565,15 @@ class CachedContent:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+    def _read_ahead(self, block: int) -> None:
+        """Have the system load the next blocks while this one is checked: its own reading ahead ends with each file."""
+        in_sequence = block == self._latest + 1
+        self._latest = block
+        self._ahead = max(self._ahead, block) if in_sequence else block
+        while in_sequence and self._ahead < min(block + _READ_AHEAD, self._count - 1):
+            self._ahead += 1
+            self._cache._advise(self._block(self._ahead))
 
     def _block(self, number: int) -> Block:
         if not 0 <= number < max(1, self._count):
