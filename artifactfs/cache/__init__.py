@@ -435,8 +435,8 @@ class BlockCache:
             found = [] if tree is None else tree.of_key(place.directory)
         except OSError:
             return {}
-        numbered = ((identity(file.place)[1], file.info.st_size - SEAL) for file in found if file.place.large)
-        return {number: length for number, length in numbered if number >= 0}
+        blocks = ((*identity(file.place), file.info.st_size - SEAL) for file in found if file.place.large)
+        return {number: length for key, number, length in blocks if key == place.directory and number >= 0}
 
     def _write(self, block: Block, data: Data, digest: bytes) -> bool:
         """Whether ``block`` is cached now. After an error, which is logged once, nothing is written for a while."""
