@@ -14,6 +14,8 @@ import contextlib
 import dataclasses
 import os
 import stat
+from array import array
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,7 +27,7 @@ from blake3 import blake3
 
 from artifactfs.content import Checksum, Fingerprint, block_digest, content_id, fingerprint
 from artifactfs.errors import ConflictError, InvalidNameError, UsageError, from_os_error
-from artifactfs.model import BLAKE3, BLOCK, Dir, Entry, File, Page, Ref, Symlink, Version
+from artifactfs.model import BLAKE3, BLOCK, Dir, Entry, File, Page, Ref, Symlink, Version, named
 from artifactfs.names import check_part
 from artifactfs.pack import PackWriter
 from artifactfs.store.large import LargeContent
@@ -40,8 +42,11 @@ _AHEAD = 2 * _WORKERS
 _SEGMENT = 4 << 20
 _MAX_WINDOW = 4096
 """Steps of the walk looked at ahead, where there are no files to read."""
-_MAX_INDEX = 2_000_000
-"""Beyond so many files in the newest version, contents are only looked for at their own path: an index would take over 1 GB."""
+_RUN = 1 << 20
+"""Contents that are sorted at a time for the index: 50 MB while it lasts, 8 afterwards."""
+_PREFIX_SHIFT = 36
+_PLACE_BITS = 12
+"""No page of ours has more entries than this numbers: each weighs 256 bytes at least, and a page 960 KiB at most."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -96,8 +101,11 @@ class Progress:
 Report: TypeAlias = Callable[[Progress], None]
 
 
+_ENCODE = msgspec.msgpack.Encoder().encode
+
 _Batch: TypeAlias = "Future[list[tuple[bytes, Fingerprint] | None]]"
 _Kind = TypeVar("_Kind", Dir, File, Ref)
+_AnyEntry = TypeVar("_AnyEntry", bound=Entry)
 
 
 @dataclasses.dataclass(slots=True)
@@ -175,9 +183,10 @@ class Upload:
         """The entry that a change comes to; its name is not yet right."""
         change = token.change
         if isinstance(change, (File, Dir, Symlink, Ref)):
-            return check_entry(change)
+            return check_entry(named(change, token.name))
         if isinstance(change, NewRef):
-            return self._reference(change, self._twin(level, token.name, Ref))
+            ref = check_entry(msgspec.structs.replace(change.ref, name=token.name))
+            return self._reference(ref, change.block_list, self._twin(level, token.name, Ref))
         if not isinstance(change, NewFile):
             return None
         if change.base is not None:
@@ -189,19 +198,19 @@ class Upload:
         data, found = small
         return self._small(change, data, found, prior)
 
-    def _reference(self, new: NewRef, prior: Ref | None) -> Ref:
+    def _reference(self, ref: Ref, block_list: bytes, prior: Ref | None) -> Ref:
         """The reference with its block list stored, where it has one."""
-        ref = check_entry(new.ref)
-        assert isinstance(ref, Ref)
-        if not new.block_list:
+        if not block_list:
             return ref
         known = prior.blocks if prior is not None and prior.id == ref.id else None
-        return msgspec.structs.replace(ref, blocks=known or self._contents.add(new.block_list))
+        return msgspec.structs.replace(ref, blocks=known or self._contents.add(block_list))
 
     def _small(self, new: NewFile, data: bytes, found: Fingerprint, prior: File | None) -> File:
         self._count(1, len(data))
+        if not data:
+            return _placed(found, new.executable, None)
         known = prior if prior is not None and prior.id == found.id else self._known(found.id)
-        if known is None and data:
+        if known is None:
             known = self._stored[found.id] = File("", len(data), False, found.id, (self._contents.add(data),))
             self._progress.stored += len(data)
         return _placed(found, new.executable, known)
@@ -332,44 +341,78 @@ class _Ahead:
 
 
 class _Index:
-    """Finds contents of the newest version by id, at whatever path; scans its pages when first asked."""
+    """Finds contents of the newest version by id, at whatever path; reads all of its pages when first asked."""
 
     def __init__(self, tree: Tree, root: Dir | None) -> None:
         self._tree = tree
-        self._root = root if root is not None and root.files <= _MAX_INDEX else None
+        self._root = root
         self._found: dict[bytes, File] = {}
         self._searched: set[bytes] = set()
-        self._complete = self._root is None
+        self._pages: list[Page] = []
+        self._runs: list[array[int]] | None = None
 
     def find(self, id: bytes, candidates: Callable[[], set[bytes] | None]) -> File | None:
-        """The file with that content, or None. ``candidates``: all ids that will be asked for, if that is known: then one scan
+        """The file with that content, or None. ``candidates``: all ids that will be asked for, if that is known: then one pass
         looks for them, and no index is kept."""
-        if not self._complete and id not in self._searched:
-            wanted = None if self._searched else candidates()
-            self._scan(wanted | {id} if wanted is not None else None)
+        if self._root is None:
+            return None
+        if self._runs is not None:
+            return self._look_up(id)
+        if id in self._searched:
+            return self._found.get(id)
+        wanted = candidates() if not self._searched else None
+        if wanted is None:
+            self._runs = list(self._sorted(self._root))
+            return self._look_up(id)
+        self._searched = wanted | {id}
+        for page, ids in self._tree.content_ids(self._root):
+            for found in self._searched.intersection(ids):
+                self._found[found] = self._file(page, ids.index(found))
         return self._found.get(id)
 
-    def _scan(self, wanted: set[bytes] | None) -> None:
-        assert self._root is not None
-        for _, entries in self._tree.pages(self._root, set()):
-            for entry in entries:
-                if isinstance(entry, File) and (wanted is None or entry.id in wanted):
-                    self._found[entry.id] = entry
-        if wanted is None:
-            self._complete = True
-        else:
-            self._searched = wanted
+    def _sorted(self, root: Dir) -> Iterator[array[int]]:
+        """Sorted runs of 8 bytes a content: 28 bits of its id, then its page, then its place in that."""
+        keys: list[int] = []
+        for page, ids in self._tree.content_ids(root):
+            number = len(self._pages) << _PLACE_BITS
+            self._pages.append(page)
+            keys.extend(_prefix(id) | number | place for place, id in enumerate(ids[: 1 << _PLACE_BITS]) if id)
+            if len(keys) >= _RUN:
+                yield array("Q", sorted(keys))
+                keys = []
+        yield array("Q", sorted(keys))
+
+    def _look_up(self, id: bytes) -> File | None:
+        prefix = _prefix(id)
+        for run in self._runs or ():
+            for at in range(bisect_left(run, prefix), len(run)):
+                if run[at] >> _PREFIX_SHIFT != prefix >> _PREFIX_SHIFT:
+                    break
+                place = run[at] - prefix
+                file = self._file(self._pages[place >> _PLACE_BITS], place & ((1 << _PLACE_BITS) - 1))
+                if file.id == id:
+                    return file
+        return None
+
+    def _file(self, page: Page, position: int) -> File:
+        entry = self._tree.entry_at(page, position)
+        assert isinstance(entry, File)
+        return entry
 
 
-def check_entry(entry: Entry) -> Entry:
-    """``entry``, if it can be stored: text that is UTF-8, of bounded length. InvalidNameError otherwise."""
-    if weight(entry) > MAX_ENTRY_WEIGHT:
+def _prefix(id: bytes) -> int:
+    return int.from_bytes(id[:4], "little") >> 4 << _PREFIX_SHIFT
+
+
+def check_entry(entry: _AnyEntry) -> _AnyEntry:
+    """``entry``, if it can be stored and read again: text that is UTF-8, of bounded length. InvalidNameError otherwise."""
+    try:
+        heavy = weight(entry) > MAX_ENTRY_WEIGHT
+        _ENCODE(entry)
+    except (UnicodeEncodeError, OverflowError, ValueError, TypeError) as error:
+        raise InvalidNameError(f"entry {entry.name[:80]!r} cannot be stored: {error}") from None
+    if heavy:
         raise InvalidNameError(f"entry {entry.name[:40]!r} has over {MAX_ENTRY_WEIGHT >> 10} KiB of name, target or reference")
-    for text in (entry.target,) if isinstance(entry, Symlink) else (entry.uri, entry.digest) if isinstance(entry, Ref) else ():
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise InvalidNameError(f"{entry.name!r} leads to {text[:80]!r}, which is not valid UTF-8") from None
     return entry
 
 
