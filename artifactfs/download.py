@@ -403,7 +403,7 @@ class _Job:
         self._count(0, offset, 0)
         os.ftruncate(part.fd, offset)
         with contextlib.closing(self._reader.open(entry, self._where(path))) as handle:
-            while data := handle.read(offset, _PIECE):
+            while (entry.size < 0 or offset < entry.size) and (data := handle.read(offset, _PIECE)):
                 _write_at(part.fd, offset, data)
                 offset += len(data)
                 self._count(0, len(data), len(data))

@@ -19,8 +19,10 @@ from typing import Any
 import pytest
 import xxhash
 from blake3 import blake3
+from http_server import FaultServer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 import artifactfs as afs
 from artifactfs import model, session
@@ -32,6 +34,7 @@ from artifactfs.errors import (
     CommError,
     ConflictError,
     NotFoundError,
+    SourceChangedError,
     UsageError,
     VerifyError,
 )
@@ -413,6 +416,62 @@ def check_mutators(artifact: Artifact, data: Path) -> None:
             call()
 
 
+paths = st.lists(st.sampled_from(["a", "b", "a.b", "é"]), min_size=1, max_size=3).map("/".join)
+
+
+class DraftMachine(RuleBasedStateMachine):
+    """A draft over a stored base against a dict of its files."""
+
+    @initialize(files=st.dictionaries(paths, st.sampled_from(["1", "22"]), max_size=6).filter(is_tree))
+    def begin(self, files: dict[str, str]) -> None:
+        self.files = dict(files)
+        self.draft = log(made(f"n{secrets.token_hex(8)}", files)).new_draft() if files else made()
+        if not files:
+            self.draft.remove("a.txt")
+
+    @rule(path=paths, text=st.sampled_from(["1", "22", "33"]), mode=st.sampled_from("xw"))
+    def write(self, path: str, text: str, mode: str) -> None:
+        below = any(path.startswith(f"{other}/") or other.startswith(f"{path}/") for other in self.files)
+        if below or (mode == "x" and path in self.files):
+            with pytest.raises(UsageError), self.draft.new_file(path, mode) as file:
+                file.write(text)
+            return
+        with self.draft.new_file(path, mode) as file:
+            file.write(text)
+        self.files[path] = text
+
+    @rule(path=paths)
+    def remove(self, path: str) -> None:
+        gone = [other for other in self.files if other == path or other.startswith(f"{path}/")]
+        if not gone:
+            with pytest.raises(FileNotFoundError):
+                self.draft.remove(path)
+            return
+        self.draft.remove(path)
+        for other in gone:
+            del self.files[other]
+
+    @invariant()
+    def holds_the_same(self) -> None:
+        entries = self.draft.manifest.entries
+        assert list(entries) == sorted(self.files) and len(entries) == len(self.files)
+        assert self.draft.size == sum(map(len, self.files.values()))
+        for path, text in self.files.items():
+            assert entries[path].digest == base64.b64encode(blake3(text.encode()).digest()).decode()
+
+    @rule()
+    def has_the_digest_of_a_fresh_one(self) -> None:
+        fresh = Artifact("n", "t")
+        for path, text in self.files.items():
+            with fresh.new_file(path) as file:
+                file.write(text)
+        assert self.draft.digest == fresh.digest
+
+
+def test_drafts_against_a_model() -> None:
+    run_state_machine_as_test(DraftMachine, settings=settings(max_examples=25, stateful_step_count=15, deadline=None))
+
+
 def test_a_killed_process_leaves_no_copies(data: Path, tmp_path: Path) -> None:
     area = tmp_path / "areas"
     script = f"""
@@ -479,6 +538,32 @@ def test_file_references(data: Path, tmp_path: Path) -> None:
         artifact.download("out")
     artifact.download("some", path_prefix="all")
     assert Path("some/all/sub/deep/ünï.txt").read_text() == "odd"
+
+
+def test_http_references(tmp_path: Path) -> None:
+    content = os.urandom(3 << 20)
+    with FaultServer({"/data/x.bin": content, "/y.bin": b"why"}) as server:
+        artifact = Artifact("n", "t")
+        [entry] = artifact.add_reference(server.url("/data/x.bin"))
+        [other] = artifact.add_reference(server.url("/y.bin"), name="d/y")
+        etag = server.etag("/data/x.bin")
+        assert etag and (entry.path, entry.size, entry.digest) == ("x.bin", len(content), etag.strip('"'))
+        assert entry.extra["etag"] == etag and other.path == "d/y"
+        before = artifact.digest
+        log(artifact)
+        assert artifact.digest == before and artifact.size == len(content) + 3
+        root = Path(artifact.download())
+        assert (root / "x.bin").read_bytes() == content and (root / "d/y").read_bytes() == b"why"
+        artifact.verify()
+    with FaultServer({"/y.bin": b"WHY"}) as server:
+        changed = Artifact("changed", "t")
+        changed.add_reference(server.url("/y.bin"), name="y")
+        log(changed)
+        server.faults.etag = '"another"'
+        with pytest.raises(SourceChangedError):
+            changed.download("out")
+        changed.download("out", allow_missing_references=True)
+        assert not Path("out/y").exists()
 
 
 def test_entries_of_other_artifacts(data: Path) -> None:
