@@ -41,7 +41,7 @@ from artifactfs.view import FRESH, BrowseView, DiffView, FileTree, VersionView
 log = logging.getLogger(__name__)
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-_AT_ONCE = 1.0  # seconds within which the loop ends if nothing is open any more (measured: 10 ms)
+_AT_ONCE = 2.0  # seconds within which the loop ends if nothing is open any more (measured: 10 ms on a quiet machine)
 _NEWS = 0.2  # seconds between two reports of progress to one listener
 
 
@@ -80,6 +80,7 @@ class _Serving:
         self._mounted = threading.Event()
         self._ended = threading.Event()  # libfuse's loop has returned
         self._over = threading.Event()
+        self._server_close: Callable[[], None] = lambda: None
         self._outcome: dict[str, Any] = {}
         self._progress = Progress()
 
@@ -250,18 +251,18 @@ class _Serving:
 
     def _answer_unmount(self, discard: bool, keep: bool, lazy: bool) -> control.Answers:
         with self._unmounting:
-            if not self._ended.is_set():
-                self._unmount_for(discard, keep, lazy)
-        if not self._ended.wait(_AT_ONCE):
+            taken = not self._ended.is_set() and self._unmount_for(discard, keep, lazy)
+        # What is taken away while nothing uses it ends the loop, however busy the machine is; else open files may keep it.
+        if not self._ended.wait(None if taken and not lazy else _AT_ONCE):
             yield {"result": self._result(detached=True)}
             return
         yield from self._progress_until(self._over)
         yield self._outcome
 
-    def _unmount_for(self, discard: bool, keep: bool, lazy: bool) -> None:
+    def _unmount_for(self, discard: bool, keep: bool, lazy: bool) -> bool:
         self._discard, self._keep = discard, keep  # before the loop can return and look at them
         try:
-            self._unmount(lazy)
+            return self._unmount(lazy)
         except BaseException:
             self._discard = self._keep = False
             raise
@@ -287,15 +288,16 @@ class _Serving:
         while not done.wait(_NEWS):
             yield {"progress": dataclasses.asdict(self._progress)}
 
-    def _unmount(self, lazy: bool) -> None:
-        """Take the mount away, if the kernel still has it there and nothing else has been mounted over it."""
+    def _unmount(self, lazy: bool) -> bool:
+        """Take the mount away; False if the kernel no longer has it there. ConflictError if another one is over it."""
         assert self._session is not None
         mount = mountpoint.at(self._where)
         if mount is None or mount.device != self._session.device:
             if mount is not None and any(m.device == self._session.device for m in mountpoint.table()):
                 raise ConflictError(f"{mount.source} is mounted over {self._where}; unmount that first")
-            return
+            return False
         mountpoint.unmount(self._where, lazy)
+        return True
 
     # Signals, in a thread of their own
 
