@@ -11,7 +11,6 @@ ConflictError.
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import copy
 import dataclasses
@@ -21,27 +20,15 @@ import itertools
 import os
 import secrets
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, Literal, TypeAlias
+from typing import IO, Any, TypeAlias
 
 import msgspec
 
 from artifactfs import commits, download, session
+from artifactfs.building import Contents, Policy
 from artifactfs.content import check_algorithm
-from artifactfs.draft import (
-    WORKERS,
-    AddedFile,
-    CopyArea,
-    DraftFolder,
-    DraftTree,
-    FoundFolder,
-    Leaf,
-    check_regular,
-    missing_path,
-    scan_folder,
-)
 from artifactfs.edits import Edits, merge_tags, merge_value
 from artifactfs.errors import (
     ArtifactFinalizedError,
@@ -49,13 +36,11 @@ from artifactfs.errors import (
     ArtifactNotLoggedError,
     CommError,
     ConflictError,
-    IntegrityError,
     NotFoundError,
     UsageError,
     VerifyError,
     WaitTimeoutError,
     also,
-    from_os_error,
 )
 from artifactfs.manifest import (
     ArtifactFiles,
@@ -65,12 +50,10 @@ from artifactfs.manifest import (
     Holding,
     Stored,
     VersionHolding,
-    digest_of,
     no_such_entry,
     version_id,
-    version_name,
 )
-from artifactfs.model import BLAKE3, MD5, Collection, File, Page, Run, Version, is_executable
+from artifactfs.model import BLAKE3, Collection, Run, Version
 from artifactfs.names import (
     LATEST,
     ArtifactName,
@@ -80,15 +63,12 @@ from artifactfs.names import (
     check_tags,
     check_type,
     entry_path,
-    parse,
 )
-from artifactfs.publish import Draft, NewRef, publish
-from artifactfs.references import DEFAULT_MAX_OBJECTS, expand
+from artifactfs.publish import Draft, publish
+from artifactfs.references import DEFAULT_MAX_OBJECTS
 from artifactfs.session import Session
 from artifactfs.store.native import now
-from artifactfs.tree import Tree
 
-Policy: TypeAlias = Literal["mutable", "immutable"]
 PathLike: TypeAlias = "str | os.PathLike[str]"
 
 
@@ -146,10 +126,7 @@ class Artifact:
         self._commit: commits.Commit | None = None
         self._commit_id = secrets.token_hex(16)
         self._parent: _Logged | None = None
-        self._tree = DraftTree(_NO_TREE)
-        self._area: CopyArea | None = None
-        self._added: dict[str, str] = {}
-        self._borrowed: list[Stored] = []
+        self._contents = Contents(self._algorithm)
 
     @classmethod
     def _fetched(cls, opened: Session, version: Version, alias: str = "", collection: Collection | None = None) -> Artifact:
@@ -334,7 +311,7 @@ class Artifact:
 
     def _holding(self) -> Holding:
         source = self.stored()
-        return VersionHolding(source) if source else DraftHolding(self._tree, self._algorithm)
+        return VersionHolding(source) if source else DraftHolding(self._contents.tree, self._algorithm)
 
     # What can be edited
 
@@ -441,15 +418,7 @@ class Artifact:
         by its content: what is before the first dot becomes 20 hex digits of its MD5. The owner's executable bit is kept.
         """
         self._need_open("add_file")
-        _check_policy(policy)
-        local = check_regular(os.fspath(local_path))
-        path = entry_path(name or os.path.basename(local))
-        if is_tmp:
-            path = _content_name(path, local)
-        self._check_path(path, local, overwrite)
-        leaf = self._taker(policy, skip_cache)(local)
-        self._tree.put(path, leaf)
-        self._added[local] = path
+        path, leaf = self._contents.add_file(os.fspath(local_path), name or "", is_tmp, skip_cache, policy, overwrite)
         return ArtifactManifestEntry(path, leaf, self)
 
     def add_dir(
@@ -467,22 +436,7 @@ class Artifact:
         otherwise, as are devices, sockets, pipes, broken links and links to a directory above.
         """
         self._need_open("add_dir")
-        _check_policy(policy)
-        local = os.fspath(local_path)
-        if not os.path.isdir(local):
-            raise UsageError(f"Path is not a directory: {local!r}")
-        found = _renamed(scan_folder(local), name)
-        for path in found.empty:
-            self._tree.check_free(path, folder=True)
-        for path, file in found.files:
-            self._check_path(path, file, merge)
-        with ThreadPoolExecutor(WORKERS) as pool:
-            leaves = list(pool.map(self._taker(policy, skip_cache), (file for _, file in found.files)))
-        for path in found.empty:
-            self._tree.make_folder(path)
-        for (path, file), leaf in zip(found.files, leaves, strict=True):
-            self._tree.put(path, leaf)
-            self._added[file] = path
+        self._contents.add_dir(os.fspath(local_path), name or "", skip_cache, policy, merge)
 
     @contextlib.contextmanager
     def new_file(self, name: str, mode: str = "x", encoding: str | None = None, policy: Policy = "mutable") -> Iterator[IO[Any]]:
@@ -492,23 +446,9 @@ class Artifact:
         says otherwise.
         """
         self._need_open("new_file")
-        _check_policy(policy)
-        path = entry_path(name)
-        _check_mode(mode)
-        self._tree.check_free(path)
-        if "x" in mode and self._tree.find(path) is not None:
-            raise UsageError(f"File with name {path!r} already exists in this artifact; use mode 'w' to replace it")
-        target = self._copies().new_path()
-        try:
-            with open(target, mode, encoding=encoding or (None if "b" in mode else "utf-8")) as file:
-                yield file
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(target)
-            raise
-        self._need_open("new_file")
-        self._check_path(path, target, overwrite="x" not in mode)
-        self._tree.put(path, AddedFile(target, os.stat(target), self._algorithm, original=path, skip_cache=True))
+        with self._contents.new_file(name, mode, encoding, policy) as file:
+            yield file
+            self._need_open("new_file")
 
     def add_reference(
         self,
@@ -524,32 +464,17 @@ class Artifact:
         ValueError for a URI without scheme, for more than ``max_objects`` entries (default 10,000,000) and for taken paths.
         """
         self._need_open("add_reference")
-        entry = self._entry_of(uri)
-        if entry is not None:
-            path = entry_path(name or entry.path.rpartition("/")[2])
-            leaves: list[tuple[str, Leaf]] = [(path, self._borrow(entry))]
-        else:
-            items = expand(
-                str(uri), name or "", checksum=checksum, max_objects=max_objects or DEFAULT_MAX_OBJECTS, algorithm=self._algorithm
-            )
-            leaves = [(item.path, NewRef(item.ref, item.block_list)) for item in items]
-        for path, leaf in leaves:
-            self._tree.check_free(path)
-            self._check_same(path, leaf)
-        for path, leaf in leaves:
-            self._tree.put(path, leaf)
-        return [ArtifactManifestEntry(path, leaf, self) for path, leaf in leaves]
+        added = self._contents.add_reference(uri, name or "", checksum, max_objects or DEFAULT_MAX_OBJECTS)
+        return [ArtifactManifestEntry(path, leaf, self) for path, leaf in added]
 
     def remove(self, item: PathLike | ArtifactManifestEntry) -> None:
         """Take away an entry, or everything below a directory. FileNotFoundError if there is no such path."""
         self._need_open("remove")
-        path = entry_path(item.path if isinstance(item, ArtifactManifestEntry) else os.fspath(item))
-        if not self._tree.remove(path):
-            raise missing_path(path)
+        self._contents.remove(item.path if isinstance(item, ArtifactManifestEntry) else os.fspath(item))
 
     def get_added_local_path_name(self, local_path: str) -> str | None:
         """The path in the artifact of a file that was added by exactly this local path, else None."""
-        return self._added.get(local_path)
+        return self._contents.path_of(local_path)
 
     def finalize(self) -> None:
         """Refuse further additions and removals."""
@@ -567,55 +492,8 @@ class Artifact:
         )
         draft._type = logged.version.type
         draft._parent = logged
-        draft._tree = DraftTree(logged.session.store.tree, logged.version.root)
+        draft._contents = Contents(draft._algorithm, Stored(logged.session, logged.version))
         return draft
-
-    def _taker(self, policy: Policy, skip_cache: bool) -> Callable[[str], AddedFile]:
-        """What makes an addition of a local path; several threads may call it."""
-        if policy == "immutable":
-            return lambda local: _original(local, self._algorithm, skip_cache)
-        area = self._copies()
-        return lambda local: area.copy(local, self._algorithm, skip_cache)
-
-    def _check_path(self, path: str, local: str, overwrite: bool) -> None:
-        """UsageError if the local file cannot stand at ``path``. It is read only if something of its size stands there."""
-        self._tree.check_free(path)
-        if not overwrite and self._tree.find(path) is not None:
-            self._check_same(path, _original(local, self._algorithm))
-
-    def _check_same(self, path: str, leaf: Leaf) -> None:
-        old = self._tree.find(path)
-        if old is not None and (isinstance(old, DraftFolder) or not _same(old, leaf)):
-            raise UsageError(f"Cannot add the same path twice: {path!r} is in this artifact with other content; remove it first")
-
-    def _copies(self) -> CopyArea:
-        if self._area is None:
-            self._area = CopyArea(session.current_settings().staging_dir / ".drafts")
-        return self._area
-
-    def _entry_of(self, uri: ArtifactManifestEntry | str) -> ArtifactManifestEntry | None:
-        """The entry that is meant, if an entry is."""
-        if isinstance(uri, ArtifactManifestEntry):
-            return uri
-        if not uri.startswith("wandb-artifact://"):
-            return None
-        name, path = version_name(uri)
-        return Artifact._fetch(self._any_session(), parse(name)).get_entry(path)
-
-    def _borrow(self, entry: ArtifactManifestEntry) -> Leaf:
-        """What stands behind an entry of another artifact, to stand in this one too."""
-        source = entry.source()
-        if source is not None:
-            if source.session.store.url != self._any_session().store.url:
-                raise UsageError(
-                    f"{entry.path!r} of {source.version.qualified_name} is in another store; copy that version first"
-                )
-            self._borrowed.append(source)
-        leaf = entry.leaf()
-        if isinstance(leaf, AddedFile):  # of another draft, whose copies go when it is logged
-            leaf.check()
-            return self._copies().copy(leaf.path, self._algorithm, leaf.skip_cache)
-        return leaf
 
     def _any_session(self) -> Session:
         return self._parent.session if self._parent else session.current()
@@ -682,20 +560,18 @@ class Artifact:
         try:
             version = self._publish_draft(opened, self._draft(name, aliases, tags, run))
         except BaseException as error:
-            if self._area is not None:
-                self._area.keep()
-                error.add_note(f"its files are kept in {self._area.path}")
+            if kept := self._contents.keep():
+                error.add_note(f"its files are kept in {kept}")
             raise
         self._show(_seen(opened, version, ""))
-        if self._area is not None:
-            self._area.close()
-        self._tree, self._area, self._borrowed = DraftTree(_NO_TREE), None, []
+        self._contents.close()
+        self._contents = Contents(self._algorithm)
 
     def _draft(self, name: ArtifactName, aliases: Sequence[str], tags: Sequence[str], run: str) -> Draft:
         return Draft(
             name=name,
             type=self._type,
-            folder=self._tree.root,
+            folder=self._contents.tree.root,
             commit=self._commit_id,
             algorithm=self._algorithm,
             description=self._description,
@@ -708,12 +584,12 @@ class Artifact:
         )
 
     def _publish_draft(self, opened: Session, draft: Draft) -> Version:
-        self._check_borrowed(opened)
+        self._contents.check_borrowed(opened)
         if not self._incremental:
             return publish(opened.store, draft).version
         while True:
             newest = opened.store.newest(draft.name)
-            folder = self._tree.root.over(opened.store.tree, newest.root if newest else None)
+            folder = self._contents.tree.root.over(opened.store.tree, newest.root if newest else None)
             number = newest.number if newest else None
             expected = -1 if number is None else number
             try:
@@ -722,16 +598,6 @@ class Artifact:
                 again = opened.store.newest(draft.name)
                 if (again.number if again else None) == number:
                     raise
-
-    def _check_borrowed(self, opened: Session) -> None:
-        """What was taken from other versions must still be there: one that was deleted may have been collected."""
-        for source in self._borrowed:
-            version = source.version
-            name = ArtifactName(version.entity, version.project, version.collection)
-            if opened.store.any_version(name, version.number).state != "COMMITTED":
-                raise NotFoundError(
-                    f"{version.qualified_name} was deleted after an entry of it was added to {self._collection_name}"
-                )
 
     def _log_alone(self, project: str | None) -> None:
         opened = self._any_session()
@@ -1001,67 +867,10 @@ class ArtifactCollection:
 _ANY_TYPE = "unspecified"
 
 
-def _no_pages(page: Page) -> bytes:
-    raise IntegrityError(f"page {page.id.hex()} belongs to no store")
-
-
-_NO_TREE = Tree(_no_pages)
-"""Reads the directories of a draft that has no base: there are none."""
-
-
-def _original(local: str, algorithm: str, skip_cache: bool = False) -> AddedFile:
-    """An addition that is read where it is."""
-    try:
-        status = os.stat(local)
-    except OSError as error:
-        raise from_os_error(error, f"reading {local}") from None
-    return AddedFile(os.path.abspath(local), status, algorithm, local, is_executable(status.st_mode), skip_cache)
-
-
-def _check_policy(policy: str) -> None:
-    if policy not in ("mutable", "immutable"):
-        raise UsageError(f"Invalid policy {policy!r}: it is 'mutable' or 'immutable'")
-
-
-def _check_mode(mode: str) -> None:
-    if sum(mode.count(letter) for letter in "wxa") != 1 or set(mode) - set("wxabt+"):
-        raise UsageError(f"mode {mode!r} cannot write a new file; use 'x' or 'w', with 'b' for bytes")
-
-
 def _check_aliases(aliases: Sequence[str] | str | None) -> list[str]:
     """The aliases a user gave, each once. InvalidNameError."""
     given = [aliases] if isinstance(aliases, str) else aliases or []
     return [alias if alias == LATEST else check_new_alias(alias) for alias in dict.fromkeys(given)]
-
-
-def _content_name(path: str, local: str) -> str:
-    """``path`` with what is before the first dot of its last part replaced by 20 hex digits of the file's MD5."""
-    folder, slash, base = path.rpartition("/")
-    dot = base.find(".")
-    checksum = _original(local, MD5).fingerprint().checksum
-    digits = base64.standard_b64decode(checksum).hex()[:20]
-    return f"{folder}{slash}{digits}{base[dot:] if dot >= 0 else ''}"
-
-
-def _renamed(found: FoundFolder, name: str | None) -> FoundFolder:
-    """The paths below ``name``; a folder without anything in it is an empty directory of that name."""
-    if name is None or name in ("", ".", "./"):
-        return found
-    prefix = entry_path(name)
-    files = [(f"{prefix}/{path}", local) for path, local in found.files]
-    empty = [f"{prefix}/{path}" for path in found.empty]
-    return FoundFolder(files, empty if files or empty else [prefix])
-
-
-def _same(old: Leaf, new: Leaf) -> bool:
-    """Whether two entries have one content, as far as their digests tell."""
-    if isinstance(old, (AddedFile, File)) and isinstance(new, (AddedFile, File)):
-        return old.size == new.size and _content_id(old) == _content_id(new)
-    return digest_of(old) == digest_of(new)
-
-
-def _content_id(leaf: AddedFile | File) -> bytes:
-    return leaf.fingerprint().id if isinstance(leaf, AddedFile) else leaf.id
 
 
 def _seconds(ttl: datetime.timedelta | ArtifactTTL | None) -> int | None:
