@@ -165,9 +165,7 @@ class LocalObjects:
         except FileNotFoundError:
             raise NotFoundError(f"{key} is not in the store {self.url}") from None
         except NotADirectoryError:
-            raise StoreFormatError(
-                f"{self.url} cannot be a store: it, or something in it, must be a directory and is not"
-            ) from None
+            raise StoreFormatError(f"{doing} {key} in {self.url}: a part of that path is not a directory; name another") from None
         except ArtifactFSError:
             raise
         except OSError as error:
