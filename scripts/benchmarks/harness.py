@@ -47,7 +47,7 @@ class Bench:
     def run(self, *args: str) -> str:
         """The output of an artifactfs command."""
         return subprocess.run(
-            [self.program, *args], env=self.env, check=True, stdout=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL
+            [self.program, "-q", *args], env=self.env, check=True, stdout=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL
         ).stdout
 
     @contextlib.contextmanager

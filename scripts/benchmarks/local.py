@@ -48,7 +48,7 @@ def sequential(bench: Bench, quick: bool) -> None:
     def first(path: Path) -> float:
         return size / MIB / seconds(lambda: _read_through(path))
 
-    with bench.mounted("big") as mount:
+    with bench.mounted("big:latest") as mount:
         ours = mount / "big.bin"
         bench.pair("sequential read, first", lambda: first(ours), lambda: first(plain), "MiB/s", runs, drop_caches)
         _read_through(ours)
@@ -76,7 +76,7 @@ def random_reads(bench: Bench, quick: bool) -> None:
         with ThreadPoolExecutor(threads) as pool:
             return count / seconds(lambda: list(pool.map(read, parts)))
 
-    with bench.mounted("big") as mount:
+    with bench.mounted("big:latest") as mount:
         ours = mount / "big.bin"
         bench.pair(
             "4 KiB random reads, cold, 1 reader", lambda: rate(ours, 1), lambda: rate(plain, 1), "reads/s", runs, drop_caches
@@ -101,7 +101,7 @@ def small_files(bench: Bench, quick: bool) -> None:
         with ThreadPoolExecutor(8) as pool:
             return count / seconds(lambda: list(pool.map(lambda name: (root / name).read_bytes(), names)))
 
-    with bench.mounted("small") as mount:
+    with bench.mounted("small:latest") as mount:
         bench.pair("2,000 small files, cold, 8 threads", lambda: rate(mount), lambda: rate(plain), "files/s", runs, drop_caches)
         bench.pair("2,000 small files, again, 8 threads", lambda: rate(mount), lambda: rate(plain), "files/s", runs)
 
@@ -121,7 +121,7 @@ def listing(bench: Bench, quick: bool) -> None:
         return count / seconds(lambda: subprocess.run(command, stdout=subprocess.DEVNULL, check=True))
 
     runs = 1 if quick else 3
-    with bench.mounted("many") as mount:
+    with bench.mounted("many:latest") as mount:
         bench.pair("find over 100,000 files, cold", lambda: rate(mount), lambda: rate(plain), "files/s", runs, drop_caches)
         bench.pair("find over 100,000 files, again", lambda: rate(mount), lambda: rate(plain), "files/s", runs)
 
