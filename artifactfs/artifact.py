@@ -607,6 +607,8 @@ class Artifact:
         self._final = True
         name = self._destination(opened, entity, project)
         record = Run(entity=entity, project=project, id=secrets.token_hex(4), job_type="auto", created_at=now(), updated_at=now())
+        opened.store.ensure_format()
+        opened.store.save_run(record)
         self._commit = commits.submit(
             f"{opened.store.url} {name.path}", name.path, lambda: self._publish(opened, name, (), (), record.path)
         )

@@ -44,8 +44,8 @@ class Commit:
         """Do the work. A failure is logged at once, as nobody may ever wait for it."""
         try:
             self._work()
-        except Exception as error:
-            self.error = error
+        except BaseException as error:  # whatever it is, the lane goes on
+            self.error = error if isinstance(error, Exception) else RuntimeError(repr(error))
             _log.error("%s was not committed: %s", self._what, error)
         finally:
             self._work = _nothing  # what the work holds, such as a large draft, need not live as long as this does

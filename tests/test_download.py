@@ -16,6 +16,8 @@ from typing import Any
 
 import msgspec
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from artifactfs import download
 from artifactfs.errors import (
@@ -454,6 +456,61 @@ def test_a_full_disk(store: NativeStore, reader: Reader, source: Path, tmp_path:
         assert not (out / "sub/large.bin").exists()
     finally:
         subprocess.run(["umount", str(out)], check=True)
+
+
+names = st.sampled_from(["a", "b", "a.b", "é", "\n"])
+nodes = st.recursive(
+    st.tuples(st.just("file"), st.sampled_from([b"", b"x", b"y" * 3000]), st.booleans())
+    | st.tuples(st.just("link"), st.sampled_from(["a", "..", "/", "../../outside"])),
+    lambda below: st.dictionaries(names, below, max_size=3),
+    max_leaves=8,
+)
+directories = st.dictionaries(names, nodes, max_size=4)
+
+
+def build(root: Path, tree: dict[str, Any]) -> None:
+    root.mkdir()
+    for name, node in tree.items():
+        if isinstance(node, dict):
+            build(root / name, node)
+        elif node[0] == "link":
+            (root / name).symlink_to(node[1])
+        else:
+            (root / name).write_bytes(node[1])
+            (root / name).chmod(0o755 if node[2] else 0o644)
+
+
+@settings(max_examples=40)
+@given(new=directories, there=directories)
+def test_any_directory_becomes_any_version(
+    tmp_path_factory: pytest.TempPathFactory, new: dict[str, Any], there: dict[str, Any]
+) -> None:
+    """``get`` makes the version's entries or says what is in the way, ``checkout`` makes it exact, outside nothing moves."""
+    base = tmp_path_factory.mktemp("any")
+    build(base / "outside", {"precious": ("file", b"precious", False)})
+    build(base / "new", new)
+    build(base / "out", there)
+    store = open_store(str(base / "store"))
+    reader = Reader(store, None)
+    version = commit(store, base / "new")
+    expected = snapshot(base / "new")
+    try:
+        get(store, reader, version, base / "out")
+        assert expected.items() <= snapshot(base / "out").items()
+    except ConflictError:
+        assert any(is_in_the_way(base / "out" / path, kind) for path, (kind, _, _) in expected.items())
+    download.checkout(store, reader, version, str(base / "out"))
+    assert snapshot(base / "out") == expected
+    assert download.verify(store, reader, version, str(base / "out")) == []
+    assert snapshot(base / "outside") == {"precious": ("file", b"precious", False)}
+
+
+def is_in_the_way(path: Path, kind: str) -> bool:
+    """Whether something of another kind stands at the path or above it."""
+    if path.is_symlink() or path.exists():
+        is_dir = path.is_dir() and not path.is_symlink()
+        return is_dir != (kind == "dir")
+    return path.parent != path and is_in_the_way(path.parent, "dir")
 
 
 def test_many_files_in_many_directories(store: NativeStore, reader: Reader, tmp_path: Path) -> None:
