@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from artifactfs.model import OBJECT_PACK, Extent
@@ -41,25 +40,14 @@ class PackWriter:
                 self._seal()
         return extent
 
-    def add_all(self, items: Sequence[bytes]) -> list[Extent]:
-        """As :meth:`add` for each, side by side in one pack."""
-        with self._lock:
-            extents = []
-            for data in items:
-                extents.append(Extent(self._id, len(self._buffer), len(data)))
-                self._buffer += data
-            if len(self._buffer) >= self._target:
-                self._seal()
-        return extents
-
     def flush(self) -> None:
-        """Return once everything added is durable; raises what writing a pack raised."""
+        """Return once everything added is durable; raises what writing a pack raised, also if :meth:`add` did already."""
         with self._lock:
             if self._buffer:
                 self._seal()
-            writing, self._writing = self._writing, []
-        for future in writing:
-            future.result()
+            for future in self._writing:
+                future.result()
+            self._writing = []
 
     def close(self) -> None:
         """Forget what was not flushed and end the threads. Idempotent."""
@@ -71,6 +59,7 @@ class PackWriter:
 
     def _seal(self) -> None:
         while len(self._writing) >= _PENDING:
-            self._writing.pop(0).result()
+            self._writing[0].result()  # stays if it raises: no later flush may pass
+            del self._writing[0]
         self._writing.append(self._pool.submit(self._objects.put, object_key(self._id), self._buffer))
         self._start()
