@@ -1,17 +1,19 @@
 """The FUSE adapter: decode what libfuse asks, call the tree, encode what it says. The only importer of ``fuse`` (fusepy).
 
-fusepy gives the loading of libfuse 2, its structures, and the call of ``fuse_main``. Its translation of every operation is
-replaced here by one that copies less, keeps names that are not UTF-8 (surrogateescape), reads directories as they are asked
-for, and lets no exception past: an error of ``errors.py`` and an OSError answer with their errno, anything else is a bug, which
-is logged with its traceback and answered with EIO.
+fusepy gives the loading of libfuse 2 and its structures. Its translation of every operation is replaced here by one that copies
+less, keeps names that are not UTF-8 (surrogateescape), reads directories as they are asked for, and lets no exception past: an
+error of ``errors.py`` and an OSError answer with their errno, anything else is a bug, which is logged with its traceback and
+answered with EIO.
 
 Only operations that are needed are defined, because each one that is defined is a round trip: no ``flush``, no ``access``
 (``default_permissions`` has the kernel check), no locks (the kernel's own are right: all users of a mount are on this machine).
 
 Importing this module raises MountError where libfuse 2 is not installed.
 
-Threads: libfuse calls from many threads, or from one where :class:`Options` says so. :meth:`Session.run` must be called in the
-main thread.
+Threads: two loops receive requests. libfuse's own has many threads, which fight over the interpreter: four programs that read
+get a fifth of what one thread would give them. :class:`_Loop` has one thread that receives and answers, as long as that is fast;
+once a request takes longer than :data:`PATIENCE` another thread receives beside it. The first is for mounts whose requests wait
+for a network, the second for all others. :meth:`Session.run` must be called in the main thread.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import functools
 import itertools
 import logging
 import os
@@ -55,32 +58,35 @@ except (OSError, AttributeError) as missing:
     )
     raise MountError(f"libfuse 2 cannot be loaded ({missing}), so nothing can be mounted: install it, {_install}") from None
 
+_lib = fuse._libfuse
+_lib.fuse_setup.restype = ctypes.c_void_p
+_lib.fuse_setup.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 2, ctypes.c_size_t, *[ctypes.c_void_p] * 3]
+_lib.fuse_teardown.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+_lib.fuse_loop_mt.argtypes = [ctypes.c_void_p]
+_lib.fuse_get_session.restype = ctypes.c_void_p
+_lib.fuse_get_session.argtypes = [ctypes.c_void_p]
+_lib.fuse_session_next_chan.restype = ctypes.c_void_p
+_lib.fuse_session_next_chan.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+_lib.fuse_chan_bufsize.restype = ctypes.c_size_t
+_lib.fuse_chan_bufsize.argtypes = [ctypes.c_void_p]
+_receive = _lib.fuse_chan_recv
+_receive.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+_process = _lib.fuse_session_process
+_process.restype = None
+_process.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+
 log = logging.getLogger(__name__)
 
 FOREVER = 86400.0
 """Seconds for which the kernel may keep what it knows about a version: it cannot change."""
 
+PATIENCE = 0.005
+"""Seconds that a request may take before others are received beside it: far more than one that reads no disk takes, and little
+to wait for who comes after one that does."""
+
 _MAX_READ = 128 << 10  # the most that one request of libfuse 2's protocol can ask for
 _STAT_BLOCK = 512  # statfs counts in these: fine enough for a version of a few files to show its size
 _REPEATS = 10.0  # seconds for which the same failure is not logged again: a program may retry in a loop
-
-_READING = (
-    "getattr",
-    "readlink",
-    "open",
-    "read",
-    "release",
-    "statfs",
-    "getxattr",
-    "listxattr",
-    "opendir",
-    "readdir",
-    "releasedir",
-)
-_WRITING = (
-    *("fgetattr", "create", "write", "truncate", "ftruncate", "fsync", "fsyncdir", "mknod", "mkdir", "rmdir", "unlink", "rename"),
-    *("symlink", "link", "chmod", "chown", "utimens", "setxattr", "removexattr"),
-)
 
 
 class WritableTree(Protocol):
@@ -120,14 +126,14 @@ class Options:
     """How a tree is mounted.
 
     ``label`` follows ``artifactfs#`` in the source of ``findmnt``. ``timeout`` is how long (seconds) the kernel may keep
-    attributes and names, and with ``keep_pages`` it keeps contents from one open to the next. ``threads``: False answers one
-    request at a time, which is faster where no request can wait for a network. ``extra`` are options for libfuse.
+    attributes and names, and with ``keep_pages`` it keeps contents from one open to the next. ``network``: requests may wait for
+    one. ``extra`` are options for libfuse.
     """
 
     label: str
     timeout: float = 0.0
     keep_pages: bool = False
-    threads: bool = True
+    network: bool = True
     allow_other: bool = False
     extra: tuple[str, ...] = ()
 
@@ -148,16 +154,26 @@ class Session:
         MountError if the mount does not come about; libfuse has then written its reason to file descriptor 2.
         """
         writable = hasattr(self._tree, "write")
-        adapter = _Writing if writable else _Reading
-        failed = ""
-        try:
-            adapter(self._tree, self._path, self._arguments(writable), lambda: self._started(ready))
-        except RuntimeError as error:  # fusepy's word for fuse_main's exit code
-            failed = str(error)
-        if self._device == -1:
+        adapter = (_Writing if writable else _Reading)(self._tree, lambda: self._started(ready))
+        operations = _table(adapter)
+        arguments = [b"fuse", b"-f", b"-o", _joined(self._arguments(writable)), os.fsencode(self._path)]
+        argv = (ctypes.c_char_p * len(arguments))(*arguments)
+        where, threads = ctypes.c_void_p(), ctypes.c_int()
+        size = ctypes.sizeof(operations)
+        handle = _lib.fuse_setup(
+            len(arguments), argv, ctypes.byref(operations), size, ctypes.byref(where), ctypes.byref(threads), None
+        )
+        if not handle:
             raise MountError(f"{self._options.label} could not be mounted on {self._path}")
-        if failed:
-            log.warning("libfuse ended with code %s", failed)
+        try:
+            if self._options.network:
+                _lib.fuse_loop_mt(handle)
+            else:
+                _Loop(handle).run()
+        finally:
+            _lib.fuse_teardown(handle, where)
+        if self._device == -1:
+            raise MountError(f"{self._options.label} was unmounted from {self._path} before it answered")
 
     @property
     def device(self) -> int:
@@ -173,9 +189,7 @@ class Session:
     def _arguments(self, writable: bool) -> dict[str, Any]:
         options = self._options
         known: dict[str, Any] = {
-            "foreground": True,
-            "nothreads": not options.threads,
-            "fsname": _escape(mountpoint.SOURCE + options.label),
+            "fsname": mountpoint.SOURCE + options.label,
             "subtype": "artifactfs",
             "default_permissions": True,
             "use_ino": True,
@@ -195,18 +209,104 @@ class Session:
         return known
 
 
-class _Operations:
-    """What fusepy looks at to see which operations to give to libfuse."""
+class _Turn:
+    """A thread's time of receiving: how many requests it has received, and whether it is answering the last."""
 
-    use_ns = True
-    init = True
-    flag_nullpath_ok = 1
-    flag_nopath = 1  # reads, writes and the like are by handle alone: libfuse need not build their paths
-    flag_utime_omit_ok = 1  # else `touch -m` is dropped without a word
+    __slots__ = ("busy", "count")
 
-    def __init__(self, names: Iterable[str]) -> None:
-        for name in names:
-            setattr(self, name, True)
+    def __init__(self) -> None:
+        self.count = 0
+        self.busy = False
+
+
+class _Loop:
+    """Receives requests and has each answered, in one thread as long as that is quick.
+
+    The *leader* is the thread whose turn it is. A watch looks at it every :data:`PATIENCE` while there is work; if it is still
+    at the request of the last look, it is overtaken: another thread has the next turn. It answers its request, and then waits
+    to be called again. ``_lock`` guards whose turn it is and who waits.
+    """
+
+    def __init__(self, handle: int) -> None:
+        self._session = ctypes.c_void_p(_lib.fuse_get_session(handle))
+        self._channel = ctypes.c_void_p(_lib.fuse_session_next_chan(self._session, None))
+        self._size = _lib.fuse_chan_bufsize(self._channel)
+        self._lock = threading.Lock()
+        self._turn = _Turn()
+        self._waiting: list[threading.Event] = []
+        self._threads: list[threading.Thread] = []
+        self._work_to_watch = threading.Event()
+        self._over = False
+
+    def run(self) -> None:
+        """Return once the mount has ended and every request is answered."""
+        watch = threading.Thread(target=self._watch, name="watch", daemon=True)
+        watch.start()
+        self._work()
+        watch.join()
+        for thread in self._threads:  # none is added once it is over
+            thread.join()
+
+    def _work(self) -> None:
+        """Receive when it is this thread's turn, until it is over."""
+        while not self._over:
+            self._lead(self._turn)
+            called = threading.Event()
+            with self._lock:
+                if self._over:
+                    return
+                self._waiting.append(called)
+            called.wait()
+
+    def _lead(self, turn: _Turn) -> None:
+        """Answer requests until this thread is overtaken or the mount has ended."""
+        buffer = ctypes.create_string_buffer(self._size)
+        session, channel, size, work = self._session, self._channel, self._size, self._work_to_watch
+        place = ctypes.byref(channel)
+        while self._turn is turn:
+            length = _receive(place, buffer, size)
+            if length == -errno.EINTR:
+                continue
+            if length <= 0:
+                self._end()
+                return
+            turn.count += 1
+            turn.busy = True
+            if not work.is_set():
+                work.set()
+            _process(session, buffer, length, channel)
+            turn.busy = False
+
+    def _watch(self) -> None:
+        while not self._over:
+            self._work_to_watch.wait()
+            turn, seen = self._turn, self._turn.count
+            time.sleep(PATIENCE)
+            if turn.busy and turn.count == seen:
+                self._overtake(turn)
+            elif turn.count == seen:
+                self._work_to_watch.clear()
+                if turn.busy or self._over:  # the flag was set again before it was cleared here
+                    self._work_to_watch.set()
+
+    def _overtake(self, turn: _Turn) -> None:
+        with self._lock:
+            if self._over or self._turn is not turn:
+                return
+            self._turn = _Turn()
+            if self._waiting:
+                self._waiting.pop().set()
+                return
+            thread = threading.Thread(target=self._work, name="requests", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def _end(self) -> None:
+        with self._lock:
+            self._over = True
+            for called in self._waiting:
+                called.set()
+        self._work_to_watch.set()
 
 
 class _Stream:
@@ -243,31 +343,16 @@ class _Stream:
         self._waiting = None
 
 
-class _Reading(fuse.FUSE):  # type: ignore[misc]  # fusepy has no types
-    """The operations of a read-only mount. Constructing it mounts, and returns when the mount has ended."""
+class _Reading:
+    """The operations of a read-only mount: each method is one that libfuse is given."""
 
-    _names: tuple[str, ...] = _READING
     _snapshots = False
 
-    def __init__(self, tree: Any, path: str, arguments: dict[str, Any], started: Callable[[], None]) -> None:
+    def __init__(self, tree: Any, started: Callable[[], None]) -> None:
         self._tree = tree
         self._started = started
         self._streams: dict[int, _Stream] = {}
         self._numbers = itertools.count(1)
-        # fusepy encodes all arguments with `encoding`: latin-1 carries the bytes of any path through unchanged.
-        arguments["fsname"] = os.fsencode(arguments["fsname"]).decode("latin-1")
-        super().__init__(_Operations(self._names), os.fsencode(path).decode("latin-1"), encoding="latin-1", **arguments)
-
-    @staticmethod
-    def _wrapper(function: Callable[..., int | None], *args: Any) -> int:
-        """Every request comes through here: its result, or minus an errno."""
-        try:
-            return function(*args) or 0
-        except (ArtifactFSError, OSError) as error:
-            return -_code(error)
-        except BaseException:
-            log.exception("a bug in %s; answered with EIO", function.__name__)
-            return -errno.EIO
 
     def init(self, connection: int) -> int:
         self._started()
@@ -335,7 +420,6 @@ class _Reading(fuse.FUSE):  # type: ignore[misc]  # fusepy has no types
 class _Writing(_Reading):
     """The operations of a staging mount."""
 
-    _names = _READING + _WRITING
     _snapshots = True
 
     def fgetattr(self, path: bytes | None, buffer: Any, info: Any) -> None:
@@ -405,6 +489,36 @@ _logged_lock = threading.Lock()
 _SERIOUS = frozenset((errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENOSPC, errno.EACCES))
 
 
+def _answer(function: Callable[..., int | None], *args: Any) -> int:
+    """Every request comes through here: the result of its operation, or minus an errno."""
+    try:
+        return function(*args) or 0
+    except (ArtifactFSError, OSError) as error:
+        return -_code(error)
+    except BaseException:
+        log.exception("a bug in %s; answered with EIO", getattr(function, "__name__", function))
+        return -errno.EIO
+
+
+def _table(adapter: _Reading) -> Any:
+    """The operations that ``adapter`` has, as libfuse takes them."""
+    table = fuse.fuse_operations()
+    for name, prototype, *bits in fuse.fuse_operations._fields_:
+        method = getattr(adapter, name, None)
+        if method is not None and not bits:
+            setattr(table, name, prototype(functools.partial(_answer, method)))
+    table.flag_nullpath_ok = 1
+    table.flag_nopath = 1  # reads, writes and the like are by handle alone: libfuse need not build their paths
+    table.flag_utime_omit_ok = 1  # else `touch -m` is dropped without a word
+    return table
+
+
+def _joined(options: dict[str, Any]) -> bytes:
+    """The options as one argument; libfuse parts them at commas and takes a backslash as an escape."""
+    given = [key if value is True else f"{key}={value}" for key, value in options.items() if value is not False]
+    return ",".join(option.replace("\\", "\\\\").replace(",", "\\,") for option in given).encode("utf-8", "surrogateescape")
+
+
 def _code(error: ArtifactFSError | OSError) -> int:
     """The errno to answer with. What a user will want an explanation of is logged, the same not in every retry."""
     code = error.errno if isinstance(error.errno, int) and error.errno > 0 else errno.EIO
@@ -452,7 +566,7 @@ def _give(value: bytes, buffer: Any, size: int) -> int:
 
 def _caller() -> tuple[int, int]:
     """The user and group of the process that asks."""
-    context = fuse._libfuse.fuse_get_context().contents
+    context = _lib.fuse_get_context().contents
     return context.uid, context.gid
 
 
@@ -467,8 +581,3 @@ def _nanoseconds(spec: Any) -> int | None:
     if spec.tv_nsec == _UTIME_NOW:
         return time.time_ns()
     return int(spec.tv_sec) * 10**9 + int(spec.tv_nsec)
-
-
-def _escape(option: str) -> str:
-    """libfuse parts options at commas and takes a backslash as an escape."""
-    return option.replace("\\", "\\\\").replace(",", "\\,")

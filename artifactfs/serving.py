@@ -18,7 +18,7 @@ import os
 import signal
 import threading
 import urllib.parse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -135,14 +135,16 @@ class _Serving:
         options = Options("", allow_other=asked.allow_other, extra=asked.options)
         if asked.kind == "stage":
             self._stage = open_stage(asked, store, reader)
-            return self._stage, dataclasses.replace(options, label=self._stage.label)
+            base = self._stage.base
+            network = _can_wait(asked, [base] if base else [])
+            return self._stage, dataclasses.replace(options, label=self._stage.label, network=network)
         view = open_view(asked, store, reader)
         stack.callback(view.close)
         if asked.prefetch == "all" and isinstance(view, VersionView):
             threading.Thread(target=_prefetch, args=(store, reader, view.version), name="prefetch", daemon=True).start()
         timeout = FRESH if view.changes else FOREVER
         return view, dataclasses.replace(
-            options, label=view.label, timeout=timeout, keep_pages=True, threads=_can_wait(asked, view)
+            options, label=view.label, timeout=timeout, keep_pages=True, network=_can_wait(asked, view.versions)
         )
 
     def _announce(self, label: str, ready: Callable[[MountRecord], None]) -> None:
@@ -432,14 +434,12 @@ def _made(published: Published | None) -> dict[str, Any]:
     return {"committed": published.version.qualified_name, "created": published.created}
 
 
-def _can_wait(asked: MountRequest, view: FileTree) -> bool:
-    """Whether a read may wait for a network: then requests need threads, so that one does not hold up the others. Else one
-    thread answers 5 times as many reads of four programs as four threads that fight over the interpreter."""
+def _can_wait(asked: MountRequest, versions: Iterable[Version]) -> bool:
+    """Whether requests may wait for a network: the store is elsewhere, or a version has references."""
     local = _local_path(asked.store)
     if not local or not mountpoint.is_local(local):
         return True
-    versions = view.versions if isinstance(view, (VersionView, DiffView)) else ()
-    return not versions or any(version.root.links for version in versions)
+    return any(version.root.links for version in versions)
 
 
 def _prefetch(store: Store, reader: Reader, version: Version) -> None:

@@ -20,7 +20,7 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import xxhash
@@ -59,6 +59,8 @@ class FileTree(Protocol):
 
     label: str
     """What is shown, as in ``entity/project/name:v3``: the mount's source."""
+    versions: Sequence[Version]
+    """The versions in it, where they are known beforehand."""
     changes: bool
     """Whether anything in it can become different while it is mounted."""
 
@@ -137,6 +139,7 @@ class VersionView:
         """NotFoundError if nothing in the version starts with ``prefix``."""
         self.label = version.qualified_name
         self.version = version
+        self.versions: Sequence[Version] = (version,)
         self._tree = store.tree
         self._reader = reader
         self._prefix = prefix
@@ -197,11 +200,6 @@ class VersionView:
 
     def close(self) -> None:
         self._handles.close()
-
-    @property
-    def versions(self) -> tuple[Version, ...]:
-        """The versions that are shown."""
-        return (self.version,)
 
     def _find(self, path: str) -> Entry:
         """The entry at ``path``, if it is shown; reached through its parent, which is mostly remembered."""
@@ -277,6 +275,7 @@ class BrowseView:
     """
 
     changes = True
+    versions: Sequence[Version] = ()
 
     def __init__(self, store: Store, reader: Reader, parts: tuple[str, ...]) -> None:
         """``parts`` has zero to three of entity, project and collection. NotFoundError if there is no such level."""
@@ -479,7 +478,7 @@ class DiffView:
 
     def __init__(self, store: Store, reader: Reader, old: Version, new: Version) -> None:
         self.label = f"{old.qualified_name}..{new.name}"
-        self.versions = (old, new)
+        self.versions: Sequence[Version] = (old, new)
         self._handles = Handles()
         self._owner = (os.getuid(), os.getgid())
         self._time = nanoseconds(new.created_at)
