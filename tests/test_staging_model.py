@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import shutil
@@ -14,16 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, note, settings
+from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, precondition, rule
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
-from artifactfs.errors import ArtifactFSError
 from artifactfs.model import BLAKE3, BLOCK, Dir, File, Symlink
 from artifactfs.names import ArtifactName
 from artifactfs.reader import Reader
 from artifactfs.staging import Stage, StageSpec
-from artifactfs.staging.journal import MAGIC, _HEAD
 from artifactfs.store.urls import open_store
 
 NAME = ArtifactName("acme", "vision", "bikes")
@@ -130,7 +127,9 @@ def plain_tree(root: Path, links: bool = False) -> dict[str, Any]:
             full = os.path.join(folder, name)
             info = os.lstat(full)
             path = full.removeprefix(str(root))
-            found[path] = describe(info.st_mode, info.st_nlink, links, lambda full=full: os.readlink(full), lambda full=full: read(full))
+            found[path] = describe(
+                info.st_mode, info.st_nlink, links, lambda full=full: os.readlink(full), lambda full=full: read(full)
+            )
             if links and info.st_nlink > 1 and stat.S_ISREG(info.st_mode):
                 inodes.setdefault(info.st_ino, len(inodes))
     return found
@@ -155,7 +154,11 @@ def staged_tree(stage: Stage, path: str = "") -> dict[str, Any]:
         info = stage.getattr(below)
         assert (stat.S_IFMT(info.mode), info.ino) == (stat.S_IFMT(mode), ino)
         found[below] = describe(
-            info.mode, info.nlink, True, lambda below=below: stage.readlink(below), lambda below=below, size=info.size: load(stage, below, size)
+            info.mode,
+            info.nlink,
+            True,
+            lambda below=below: stage.readlink(below),
+            lambda below=below, size=info.size: load(stage, below, size),
         )
         if stat.S_ISDIR(info.mode):
             found.update(staged_tree(stage, below))
@@ -296,9 +299,7 @@ class StagingMachine(RuleBasedStateMachine):
 
     @rule(old=paths, new=paths)
     def rename(self, old: str, new: str) -> None:
-        self.mirror.both(
-            lambda: self.stage.rename(old, new), lambda: os.rename(self.mirror.host(old), self.mirror.host(new))
-        )
+        self.mirror.both(lambda: self.stage.rename(old, new), lambda: os.rename(self.mirror.host(old), self.mirror.host(new)))
 
     @rule(old=paths, new=paths)
     def link(self, old: str, new: str) -> None:

@@ -212,6 +212,8 @@ class Comparison:
     def _same(self, now: _Item, before: Entry) -> bool:
         if isinstance(now, LinkNode):
             return isinstance(before, Symlink) and now.target == before.target
+        if isinstance(now, (File, Ref, Symlink)):
+            return _identity(now) == _identity(before)
         if isinstance(now, FileNode):
             with self._ledger.lock:
                 differs = now.differs(self._files.stat(now).size)
@@ -243,7 +245,7 @@ def _identity(entry: Entry, executable: bool | None = None) -> tuple[object, ...
     if isinstance(entry, Ref):
         bit = entry.executable if executable is None else executable
         return entry.uri, entry.digest, sorted(entry.extra.items()), bit
-    return (entry,)
+    return (entry.target,) if isinstance(entry, Symlink) else ()
 
 
 # After a commit

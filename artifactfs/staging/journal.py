@@ -19,7 +19,7 @@ import os
 import struct
 import threading
 import zlib
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, TypeAlias
 
 import msgspec
@@ -36,8 +36,9 @@ _HEAD = struct.Struct("<II")
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(list[tuple[Any, ...]]).decode
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _RESERVE = 256 << 10
-"""Bytes kept aside so that on a full disk there is still room to record deletions, which make space."""
+"""Bytes kept aside so that on a full disk there is still room to resume, and to record deletions, which make space."""
 
 
 class Journal:
@@ -53,19 +54,15 @@ class Journal:
         self._refill()
 
     @classmethod
-    def create(cls, directory: int, records: Iterable[list[Delta]]) -> Journal:
+    def create(cls, directory: int, records: Callable[[], Iterable[list[Delta]]]) -> Journal:
         """Replace the journal in ``directory`` (a descriptor) by one of ``records``, durable and in one step."""
-        fd = os.open("journal.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600, dir_fd=directory)
         try:
-            size = _write_all(fd, MAGIC)
-            for record in records:
-                size += _write_all(fd, _framed(record))
-            os.fsync(fd)
-            os.rename("journal.new", "journal", src_dir_fd=directory, dst_dir_fd=directory)
-            os.fsync(directory)
-        except BaseException:
-            os.close(fd)
-            raise
+            fd, size = _replace(directory, records())
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            _drop_reserve(directory)
+            fd, size = _replace(directory, records())
         return cls(directory, fd, size)
 
     def append(self, record: list[Delta], freeing: bool = False) -> None:
@@ -79,10 +76,9 @@ class Journal:
         try:
             self._write(data)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not freeing:
+            if error.errno not in _FULL or not freeing:
                 raise
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink("reserve", dir_fd=self._directory)
+            _drop_reserve(self._directory)
             self._write(data)
             self._refill()
 
@@ -133,10 +129,32 @@ class Journal:
         try:
             os.posix_fallocate(fd, 0, _RESERVE)
         except OSError:
-            with contextlib.suppress(OSError):
-                os.unlink("reserve", dir_fd=self._directory)
+            _drop_reserve(self._directory)
         finally:
             os.close(fd)
+
+
+def _replace(directory: int, records: Iterable[list[Delta]]) -> tuple[int, int]:
+    """The descriptor and the size of a new journal."""
+    fd = os.open("journal.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600, dir_fd=directory)
+    try:
+        size = _write_all(fd, MAGIC)
+        for record in records:
+            size += _write_all(fd, _framed(record))
+        os.fsync(fd)
+        os.rename("journal.new", "journal", src_dir_fd=directory, dst_dir_fd=directory)
+        os.fsync(directory)
+    except BaseException:
+        os.close(fd)
+        with contextlib.suppress(OSError):
+            os.unlink("journal.new", dir_fd=directory)
+        raise
+    return fd, size
+
+
+def _drop_reserve(directory: int) -> None:
+    with contextlib.suppress(OSError):
+        os.unlink("reserve", dir_fd=directory)
 
 
 def replay(directory: int) -> Iterator[list[Delta]]:

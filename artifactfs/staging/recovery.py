@@ -89,4 +89,5 @@ def _fill(node: FileNode, file: DataFile, below: Below, block: int) -> None:
 
 
 def _resize(data: DataDir, node: FileNode, size: int) -> None:
-    os.ftruncate(data.open(node.data).fd, size)
+    file = data.open(node.data)
+    os.ftruncate(file.fd, size)

@@ -146,7 +146,7 @@ class Stage:
         self._data = DataDir(directory.fd, str(directory.path))
         try:
             mend(space, self._data, reader, spec.name.path)
-            self._ledger = Ledger(space, Journal.create(directory.fd, space.records()), self._doomed.append)
+            self._ledger = Ledger(space, Journal.create(directory.fd, space.records), self._doomed.append)
         except BaseException:
             self._data.close()
             raise
