@@ -33,7 +33,7 @@ from cachetools import LRUCache
 from artifactfs.cache import BlockCache, CachedContent
 from artifactfs.content import DIGEST_SIZE, block_digest, check_block_list
 from artifactfs.errors import ArtifactFSError, IntegrityError, NetworkError, OfflineError, SourceChangedError
-from artifactfs.model import BLOCK, File, Ref, block_count, reference_key
+from artifactfs.model import BLOCK, File, Ref, block_count, reference_key, scheme_of
 from artifactfs.references import (
     DEADLINE,
     Source,
@@ -54,7 +54,8 @@ BUDGET = 64 << 20
 
 _FORWARD = 16 << 20  # a seek this far ahead, or
 _BACKWARD = 1 << 20  # this far back, leaves the window open: parallel readers and the kernel's readahead come out of order
-_RUN = 256 << 10  # two of the kernel's reads in sequence open the window; one alone may be a header
+_NEAR = 256 << 10  # while it is closed only this counts as sequence, or random reads of a small file would open it
+_RUN = 256 << 10  # two of the kernel's reads in sequence open it; one alone may be a header
 _WINDOW_MIN = 2 * BLOCK
 _WINDOW_MAX = 32 * BLOCK
 _PART_MAX = 8  # blocks of a prefetch: of a window of 32 MiB four streams get one part each
@@ -110,6 +111,7 @@ class Reader:
         self._resolved: LRUCache[bytes, Ref] = LRUCache(_RESOLVED)
         self._resolving: dict[bytes, _Result[Ref]] = {}
         self._in_flight = 0
+        self._local_store = scheme_of(store.url) in ("", "file")
         self._closed = False
 
     def open(self, entry: Entry, where: str = "") -> Handle:
@@ -269,7 +271,7 @@ class Reader:
                     found[block] = slot
                 else:
                     missing.append(block)
-            if missing:
+            if missing and not (missing == [_LIST] and self._local_store):
                 self._check_online(where)
             if content.whole and missing and missing[0] != _LIST:
                 self._attach(content, missing, where, start)
@@ -692,15 +694,16 @@ class _RemoteHandle:
         """Take note of a read; the block up to which to fetch ahead."""
         with self._lock:
             gap = offset - self._next
-            if self._next < 0 or not -_BACKWARD <= gap <= _FORWARD:
-                self._next, self._run, self._window, self._ahead, self._ceiling = end, 0, 0, 0, _WINDOW_MAX
+            opened = self._window > 0
+            if self._next < 0 or not (-_BACKWARD <= gap <= _FORWARD if opened else -_NEAR <= gap <= _NEAR):
+                self._next, self._run, self._window, self._ahead, self._ceiling = end, end - offset, 0, 0, _WINDOW_MAX
                 return 0
-            if abs(gap) <= BLOCK:
-                self._run += max(end - self._next, 0)
+            self._run += end - offset
             self._next = max(self._next, end)
-            if self._run >= _RUN and self._next + self._window // 2 >= self._ahead * BLOCK:
-                self._window = min(max(self._window * 2, _WINDOW_MIN), self._ceiling)
-            return -(-(self._next + self._window) // BLOCK) if self._window else 0
+            if self._run < _RUN or self._next + self._window // 2 < self._ahead * BLOCK:
+                return 0
+            self._window = min(max(self._window * 2, _WINDOW_MIN), self._ceiling)
+            return -(-(self._next + self._window) // BLOCK)
 
     def _narrow(self) -> None:
         """What was fetched ahead was evicted before it was read: do not go so far ahead again in this run."""
@@ -829,7 +832,7 @@ class _Slot(_Result[bytes]):
 @dataclasses.dataclass(slots=True, eq=False)
 class _Fetch:
     """One stream of the blocks from ``first`` to ``end`` (exclusive). ``left`` is what counts against the budget; ``position``
-    the next block; ``moved`` when it last made progress. ``whole``: it streams the content from its beginning, and delivers
+    the next block; ``moved`` when it last made progress, 0 before it did. ``whole``: it streams the content from its beginning, and delivers
     whatever block is waited for when it passes."""
 
     content: _Content
@@ -839,7 +842,7 @@ class _Fetch:
     whole: bool = False
     left: int = 0
     position: int = 0
-    moved: float = dataclasses.field(default_factory=time.monotonic)
+    moved: float = 0.0
     cancelled: bool = False
     wake: threading.Event = dataclasses.field(default_factory=threading.Event)
     _bytes: int = 0

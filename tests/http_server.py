@@ -83,6 +83,7 @@ class FaultServer:
         self.concurrent = 0
         self.most_concurrent = 0
         self._lock = threading.Lock()
+        self._etags: dict[str, tuple[bytes, str]] = {}
         self._released = threading.Event()
         self._server = _Server(self)
         if tls is not None:
@@ -124,7 +125,11 @@ class FaultServer:
 
     def etag(self, path: str) -> str | None:
         if self.faults.etag == "":
-            return '"' + hashlib.sha256(self.contents[path]).hexdigest()[:24] + '"'
+            data = self.contents[path]
+            known = self._etags.get(path)
+            if known is None or known[0] is not data:
+                known = self._etags[path] = (data, '"' + hashlib.sha256(data).hexdigest()[:24] + '"')
+            return known[1]
         return self.faults.etag
 
     def count(self, method: str, path: str, headers: dict[str, str]) -> int:
@@ -183,6 +188,7 @@ class _Server(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or each answer waits for the acknowledgement of its head
     server: _Server
 
     def do_GET(self) -> None:
