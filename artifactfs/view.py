@@ -253,6 +253,8 @@ class VersionView:
     def _xattrs(self, path: str) -> dict[str, Callable[[], bytes]]:
         """What there is to read, by name; computed only when it is read."""
         entry = self._entry(path)
+        if isinstance(entry, Symlink):  # the kernel answers user.* of a symlink with ENODATA: `rsync -X` would fail on a name here
+            return {}
         values: dict[str, Callable[[], bytes]] = {XATTR + "version": self.label.encode}
         if isinstance(entry, Dir):
             digest = self.version.digest if path == "/" else entry.digest.hex()

@@ -146,6 +146,7 @@ def test_xattrs(shelf: Shelf, version: VersionView) -> None:
     }
     assert version.getxattr("/", views.XATTR + "digest") == version.version.digest.encode()
     assert views.XATTR + "content_id" not in version.listxattr("/data")
+    assert version.listxattr("/link") == []
 
 
 def test_statfs(version: VersionView) -> None:
