@@ -253,7 +253,7 @@ class VersionView:
     def _xattrs(self, path: str) -> dict[str, Callable[[], bytes]]:
         """What there is to read, by name; computed only when it is read."""
         entry = self._entry(path)
-        if isinstance(entry, Symlink):  # the kernel answers user.* of a symlink with ENODATA: `rsync -X` would fail on a name here
+        if isinstance(entry, Symlink):  # the kernel answers for their user.* with ENODATA, and `rsync -X` fails on a name
             return {}
         values: dict[str, Callable[[], bytes]] = {XATTR + "version": self.label.encode}
         if isinstance(entry, Dir):
