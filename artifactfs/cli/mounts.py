@@ -62,7 +62,7 @@ def mount_command(
         given["offline"] = True
     if rest["path_prefix"]:
         given["path_prefix"] = rest["path_prefix"]
-    _start(session, daemon.request(session.settings, "mount", name, directory, **given), foreground)
+    _start(session, daemon.request(session.settings, "mount", name, directory, **given), directory, foreground)
 
 
 @command("stage")
@@ -81,6 +81,7 @@ def stage_command(session: Session, /, words: tuple[str, ...], foreground: bool,
     """
     if again:
         request = _resume_request(session, words)
+        words = ("", request.mountpoint)
     elif len(words) != 2:
         raise UsageError("stage takes a NAME and a DIR (see artifactfs stage --help)")
     else:
@@ -96,7 +97,7 @@ def stage_command(session: Session, /, words: tuple[str, ...], foreground: bool,
             metadata=arguments.metadata(options["metadata_text"]),
             expect_base=options["expect_base"],
         )
-    _start(session, request, foreground)
+    _start(session, request, words[1], foreground)
 
 
 def _resume_request(session: Session, words: tuple[str, ...]) -> MountRequest:
@@ -107,12 +108,12 @@ def _resume_request(session: Session, words: tuple[str, ...]) -> MountRequest:
     return daemon.request(session.settings, "stage", str(stage.spec.name), where, resume=str(stage.directory))
 
 
-def _start(session: Session, request: MountRequest, foreground: bool) -> None:
-    """Mount, and say so once it can be used."""
+def _start(session: Session, request: MountRequest, shown: str, foreground: bool) -> None:
+    """Mount, and say so once it can be used; ``shown`` is the mountpoint as it was typed."""
 
     def ready(record: MountRecord) -> None:
         what = "staged" if record.kind == "stage" else "mounted"
-        session.result(record_document(record), f"{record.name} {what} on {record.mountpoint}")
+        session.result(record_document(record), f"{record.name} {what} on {shown}")
         sys.stdout.flush()
 
     if not foreground:
