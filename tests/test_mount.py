@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import mmap
 import os
 import socket
@@ -10,14 +11,17 @@ import sqlite3
 import stat
 import subprocess
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from http_server import FaultServer
 from mounting import World, needs_fuse, world
 from shelves import until, write_files
 
 from artifactfs.content import EMPTY_ID
+from artifactfs.errors import NotFoundError, ReadOnlyError, SourceChangedError
 from artifactfs.folders import MadeFolder, local_change
 from artifactfs.model import BLOCK, File
 from artifactfs.objects import object_key
@@ -26,6 +30,7 @@ from artifactfs.references import expand
 
 pytestmark = needs_fuse
 __all__ = ["world"]
+adapter = importlib.import_module("artifactfs.mount")  # by its name it is the function `artifactfs.mount`
 
 BIG = os.urandom(3 * BLOCK + 12345)
 FILES = {
@@ -299,3 +304,109 @@ def test_many_readers_of_one_mount(module_mount: Path) -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+# References elsewhere
+
+
+@pytest.fixture
+def remote(world: World) -> Iterator[tuple[World, FaultServer]]:
+    """Versions of a stored file beside one on a web server."""
+    with FaultServer({"/far.bin": BIG}) as server:
+        far = expand(server.url("/far.bin"), "far.bin")[0].ref
+        local = local_change(str(write_files(world.root / "near", {"near": b"near"}) / "near"))
+        world.log("a/b/c", MadeFolder({"far.bin": far, "near": local, "d": MadeFolder({"near": local})}))
+        yield world, server
+
+
+@pytest.mark.parametrize("name", ["a/b/c:v0", "a/b"])
+def test_a_stalled_source_delays_only_its_readers(remote: tuple[World, FaultServer], name: str) -> None:
+    """In a mount with libfuse's threads, and in one with a loop that is overtaken."""
+    world, server = remote
+    mounted = world.mount(name)
+    version = mounted if name.endswith("v0") else mounted / "c/v0"
+    server.faults.stall_after = 1000
+    done: list[bytes] = []
+    readers = [threading.Thread(target=lambda: done.append((version / "far.bin").read_bytes())) for _ in range(3)]
+    for reader in readers:
+        reader.start()
+    until(lambda: server.requests >= 2)
+    for _ in range(20):
+        assert sorted(os.listdir(version)) == ["d", "far.bin", "near"]
+        assert (version / "d/near").read_bytes() == b"near"
+        assert os.stat(version / "far.bin").st_size == len(BIG)
+        assert os.statvfs(mounted).f_namemax == 255
+    assert not done
+    server.faults.stall_after = None
+    server.release()
+    for reader in readers:
+        reader.join(60)
+    assert done == [BIG] * 3
+
+
+def test_a_remote_that_fails_then_recovers(remote: tuple[World, FaultServer]) -> None:
+    """A failure is not remembered, by us or by the kernel."""
+    world, server = remote
+    mounted = world.mount("a/b/c:v0")
+    server.faults.status = 404
+    with pytest.raises(OSError) as caught:
+        (mounted / "far.bin").read_bytes()
+    assert caught.value.errno in (errno.ESTALE, errno.ENOENT, errno.EIO)
+    server.faults.status = 0
+    assert (mounted / "far.bin").read_bytes() == BIG
+    assert (mounted / "near").read_bytes() == b"near"
+
+
+def test_offline(remote: tuple[World, FaultServer]) -> None:
+    world, server = remote
+    mounted = world.mount("a/b/c:v0", offline=True)
+    with pytest.raises(OSError) as caught:
+        (mounted / "far.bin").read_bytes()
+    assert caught.value.errno == errno.EHOSTUNREACH
+    assert (mounted / "near").read_bytes() == b"near"
+    assert "offline" in Path(world.record(mounted).log).read_text()
+    online = world.mount("a/b/c:v0", prefetch="all")
+    until(lambda: int(os.getxattr(online / "far.bin", "user.artifactfs.cached")) == len(BIG))
+    asked = server.requests
+    assert (mounted / "far.bin").read_bytes() == BIG
+    assert server.requests == asked
+
+
+# The adapter
+
+
+def test_what_an_operation_raises_is_an_errno(caplog: pytest.LogCaptureFixture) -> None:
+    def fail(error: BaseException) -> int:
+        raise error
+
+    answers = {
+        errno.ENOENT: NotFoundError("x"),
+        errno.EROFS: ReadOnlyError("x"),
+        errno.ESTALE: SourceChangedError("one"),
+        errno.ENOSPC: OSError(errno.ENOSPC, "x"),
+        errno.EIO: ZeroDivisionError("a bug"),
+    }
+    for expected, error in answers.items():
+        assert adapter._answer(fail, error) == -expected
+    assert adapter._answer(fail, OSError("no errno")) == adapter._answer(fail, SystemExit()) == -errno.EIO
+    assert adapter._answer(lambda: None) == 0 and adapter._answer(lambda: 7) == 7
+    assert "Traceback" in caplog.text and "a bug in fail" in caplog.text
+    before = caplog.text.count("one (ESTALE)")
+    assert adapter._answer(fail, SourceChangedError("one")) == -errno.ESTALE
+    assert before == caplog.text.count("one (ESTALE)") == 1  # a program that tries again and again does not fill the log
+
+
+def test_a_directory_stream_goes_on_where_it_stopped() -> None:
+    items = [(f"n{number}", stat.S_IFREG, number) for number in range(10)]
+    stream = adapter._Stream(lambda: iter(items), snapshot=False)
+    seen: list[str] = []
+    offset = 0
+    for room in (1, 3, 1, 5, 100, 100):  # entries that fit into each answer
+        for count, (after, item) in enumerate(stream.after(offset)):
+            if count == room:
+                break
+            seen.append(item[0])
+            offset = after
+    assert seen == [".", "..", *(item[0] for item in items)]
+    assert [item[0] for _, item in stream.after(5)] == [item[0] for item in items[3:]]  # seekdir
+    assert [item[0] for _, item in stream.after(0)][2:] == [item[0] for item in items]  # rewinddir
