@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import itertools
 import os
 import shutil
 import stat
@@ -908,29 +909,37 @@ def punch(path: Path, offset: int, size: int) -> None:
     subprocess.run(["fallocate", "--punch-hole", "--offset", str(offset), "--length", str(size), str(path)], check=True)
 
 
-KILLED = """
+KILLER = """
 import os, sys
 from pathlib import Path
 from artifactfs.reader import Reader
 from artifactfs.staging import Stage
 from artifactfs.store.urls import open_store
-store = open_store(sys.argv[2])
-stage = Stage.resume(Path(sys.argv[1]), store, Reader(store, None))
-left = int(sys.argv[3])
-def counted(call):
-    def run(*args, **kwargs):
-        global left
-        left -= 1
-        if left < 0:
-            os._exit(9)
-        return call(*args, **kwargs)
-    return run
-for name in ("write", "pwrite", "rename", "replace", "link", "fsync", "fdatasync", "unlink", "mkdir"):
-    setattr(os, name, counted(getattr(os, name)))
-print(stage.commit(final=True).version.name)
-stage.remove()
-os._exit(0)
+
+def commit(left):
+    def counted(call):
+        def run(*args, **kwargs):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                os._exit(9)
+            return call(*args, **kwargs)
+        return run
+    store = open_store(sys.argv[2])
+    stage = Stage.resume(Path(sys.argv[1]), store, Reader(store, None))
+    for name in ("write", "pwrite", "rename", "replace", "link", "fsync", "fdatasync", "unlink", "mkdir"):
+        setattr(os, name, counted(getattr(os, name)))
+    stage.commit(final=True)
+    stage.remove()
+
+for line in sys.stdin:
+    child = os.fork()
+    if not child:
+        commit(int(line))
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
+"""Commits once for each line of its input, each time in a new process that dies at the so-manieth change on disk."""
 
 
 def test_a_commit_killed_at_any_step_is_finished_by_the_next(place: Place) -> None:
@@ -944,27 +953,29 @@ def test_a_commit_killed_at_any_step_is_finished_by_the_next(place: Place) -> No
     kept, store = place.tmp / "kept", place.tmp / "store"
     shutil.copytree(stage.path, kept)
     shutil.copytree(store, place.tmp / "kept-store")
-    steps = 0
-    while True:
-        for there, saved in ((stage.path, kept), (store, place.tmp / "kept-store")):
-            shutil.rmtree(there, ignore_errors=True)
-            shutil.copytree(saved, there)
-        done = subprocess.run(
-            [sys.executable, "-c", KILLED, str(stage.path), str(store), str(steps)], capture_output=True, text=True, check=False
-        )
-        fresh = open_store(str(store))
-        if stage.path.exists() and (stage.path / "stage.json").exists():
-            resumed = Stage.resume(stage.path, fresh, place.reader)
-            published = resumed.commit(final=True)
-            assert published is not None and published.version.number == 1
-            resumed.remove()
-        assert [version.number for version in fresh.versions(NAME)] == [0, 1]
-        assert place.files(fresh.version(NAME)) == expected
-        if done.returncode == 0:
-            break
-        assert done.returncode == 9, done.stderr
-        steps += 1
-    assert steps > 10
+    command = [sys.executable, "-c", KILLER, str(stage.path), str(store)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as killer:
+        assert killer.stdin is not None and killer.stdout is not None
+        for step in itertools.count():
+            for there, saved in ((stage.path, kept), (store, place.tmp / "kept-store")):
+                shutil.rmtree(there, ignore_errors=True)
+                shutil.copytree(saved, there)
+            killer.stdin.write(f"{step}\n")
+            killer.stdin.flush()
+            code = int(killer.stdout.readline())
+            fresh = open_store(str(store))
+            if (stage.path / "stage.json").exists():
+                resumed = Stage.resume(stage.path, fresh, place.reader)
+                published = resumed.commit(final=True)
+                assert published is not None and published.version.number == 1
+                resumed.remove()
+            assert [version.number for version in fresh.versions(NAME)] == [0, 1]
+            assert place.files(fresh.version(NAME)) == expected
+            if code == 0:
+                break
+            assert code == 9
+        killer.stdin.close()
+    assert step > 10
 
 
 # The directory
@@ -1020,6 +1031,18 @@ def test_the_directory_is_private_and_goes_when_removed(place: Place) -> None:
     assert not stage.path.exists()
     stage.remove()
     stage.close()
+
+
+def test_what_a_dying_removal_left_goes_with_the_next_stage(place: Place) -> None:
+    stage = place.begin()
+    put(stage, "/f", b"x")
+    stage._directory.retire()
+    place.begin()
+    assert stage.path.exists()
+    abandon(stage)
+    assert [info.directory for info in list_stages(place.stages)] == [place.made[-1].path]
+    place.begin()
+    assert not stage.path.exists()
 
 
 def test_what_a_commit_would_refuse_is_refused_at_the_beginning(place: Place) -> None:
@@ -1299,9 +1322,24 @@ def test_a_full_disk_refuses_writers_and_loses_nothing(place: Place) -> None:
         expected = listing(stage)
         resumed = place.resume(stage)
         assert listing(resumed) == expected
+        fill(small)
+        with fails(errno.ENOSPC):
+            for number in range(1000):
+                resumed.mkdir(f"/more-{number}", 0o755, ME)
+        expected = listing(resumed)
+        resumed = place.resume(resumed)
+        assert listing(resumed) == expected
         resumed.unlink("/filler")
         published = resumed.commit()
         assert published is not None and place.files(published.version) == {"f": BIG, "g": BIG}
         resumed.close()
     finally:
         subprocess.run(["umount", "--lazy", str(small)], check=True)
+
+
+def fill(directory: Path) -> None:
+    """Leave no byte free."""
+    for size in (65536, 512):
+        with contextlib.suppress(OSError), (directory / f"filler-{size}").open("wb", buffering=0) as file:
+            while file.write(bytes(size)):
+                pass

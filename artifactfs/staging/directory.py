@@ -107,9 +107,10 @@ class StageDirectory:
 
     @classmethod
     def create(cls, path: Path) -> StageDirectory:
-        """Make the directory. ConflictError if there is something."""
+        """Make the directory. ConflictError if there is something. What is left of stages whose removal died goes."""
         try:
             os.makedirs(path.parent, mode=0o700, exist_ok=True)
+            _sweep(path.parent)
             os.mkdir(path, 0o700)
         except FileExistsError:
             raise ConflictError(f"stage directory {path} already exists; resume it or use another") from None
@@ -140,7 +141,7 @@ class StageDirectory:
     def retire(self) -> None:
         """Stop being a stage, so that dying while everything is removed leaves none."""
         with contextlib.suppress(OSError):
-            os.unlink("stage.json", dir_fd=self.fd)
+            os.rename("stage.json", "retired", src_dir_fd=self.fd, dst_dir_fd=self.fd)
             os.fsync(self.fd)
 
     def remove(self) -> None:
@@ -198,6 +199,14 @@ def list_stages(staging_dir: Path) -> list[StageInfo]:
         raise from_os_error(error, f"listing {staging_dir}") from error
     found = (_info(staging_dir / name) for name in names)
     return [info for info in found if info is not None]
+
+
+def _sweep(staging_dir: Path) -> None:
+    """Remove what :meth:`StageDirectory.retire` has marked and nobody has locked."""
+    for name in os.listdir(staging_dir):
+        path = staging_dir / name
+        if (path / "retired").exists() and holder(path) is None:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _info(path: Path) -> StageInfo | None:

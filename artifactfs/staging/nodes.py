@@ -41,7 +41,7 @@ import os
 import stat
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from typing import Any
 
 import msgspec
@@ -78,6 +78,17 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
 
 
 _decode_header: Callable[[bytes], Header] = msgspec.msgpack.Decoder(Header).decode
+
+
+_NONE: Set[int] = frozenset()
+"""No blocks: most files have none to note, and an empty set of their own would be a third of what they take."""
+
+
+def _grown(blocks: Set[int], more: Iterable[int]) -> set[int]:
+    """``blocks`` and ``more``; the same set as before unless that was :data:`_NONE`."""
+    grown = blocks if isinstance(blocks, set) else set(blocks)
+    grown.update(more)
+    return grown
 
 
 class Node:
@@ -129,8 +140,8 @@ class FileNode(Node):
         self.floor = 0
         self.cutting = NOT_CUTTING
         self.local: set[int] | None = None
-        self.dirty: set[int] = set()
-        self.fresh: set[int] = set()
+        self.dirty = _NONE
+        self.fresh = _NONE
         self.durable = False
         self.open: Any = None
         """The :class:`~artifactfs.staging.data.OpenFile` while anybody has it open."""
@@ -143,7 +154,7 @@ class FileNode(Node):
     def set_stored(self, entry: File | Ref, visible: int, dirty: Iterable[int]) -> None:
         self.entry = entry
         self.visible = visible
-        self.dirty = set(dirty)
+        self.dirty = set(dirty) or _NONE
 
     def set_own(self, data: int) -> None:
         self.entry = None
@@ -151,8 +162,8 @@ class FileNode(Node):
         self.size = UNKNOWN
         self.visible = self.floor = 0
         self.local = None
-        self.dirty = set()
-        self.fresh = set()
+        self.dirty = _NONE
+        self.fresh = _NONE
         self.durable = False
         self.cutting = NOT_CUTTING
 
@@ -170,12 +181,12 @@ class FileNode(Node):
         end = -(-self.visible // BLOCK)
         if self.local is not None:
             self.local = {block for block in self.local if block < end}
-        self.dirty = {block for block in self.dirty if block < end}
-        self.fresh = {block for block in self.fresh if block < end}
+        self.dirty = {block for block in self.dirty if block < end} or _NONE
+        self.fresh = {block for block in self.fresh if block < end} or _NONE
 
     def add_local(self, blocks: Iterable[int]) -> None:
         if self.local is not None:
-            self.fresh.update(block for block in blocks if block not in self.local)
+            self.fresh = _grown(self.fresh, [block for block in blocks if block not in self.local])
             self.local.update(blocks)
 
     def differs(self, size: int) -> bool:
@@ -208,8 +219,8 @@ class FileNode(Node):
         self.visible = visible
         self.floor = floor
         self.local = None if local is None else set(local)
-        self.dirty = set(dirty)
-        self.fresh = set(fresh)
+        self.dirty = set(dirty) or _NONE
+        self.fresh = set(fresh) or _NONE
         self.size = UNKNOWN if data else visible
 
 
@@ -490,13 +501,14 @@ class Namespace:
     def _blocks(self, ino: int, blocks: list[int]) -> None:
         node = self._file(ino)
         node.add_local(blocks)
-        node.dirty.update(blocks)
+        node.dirty = _grown(node.dirty, blocks)
 
     def _local(self, ino: int, block: int) -> None:
         self._file(ino).add_local((block,))
 
     def _durable(self, ino: int, blocks: list[int]) -> None:
-        self._file(ino).fresh.difference_update(blocks)
+        node = self._file(ino)
+        node.fresh = set(node.fresh).difference(blocks) or _NONE
 
     def _cut(self, ino: int, size: int) -> None:
         self._file(ino).cut(size)

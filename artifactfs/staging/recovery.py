@@ -81,8 +81,8 @@ def _fill(node: FileNode, file: DataFile, below: Below, block: int) -> None:
     if missing == [(start, end)]:
         assert node.local is not None
         node.local.discard(block)
-        node.dirty.discard(block)
-        node.fresh.discard(block)
+        node.dirty -= {block}
+        node.fresh -= {block}
         return
     for low, high in missing:
         write_all(file.fd, below.read(low, high - low), low)

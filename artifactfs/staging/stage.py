@@ -168,6 +168,8 @@ class Stage:
             stage = cls(made, spec, store, reader, _new_namespace(spec, base))
             made.write_spec(spec)
         except BaseException as error:
+            made.retire()
+            made.close()
             made.remove()
             if isinstance(error, OSError):
                 raise from_os_error(error, f"creating stage {directory}") from error
@@ -479,16 +481,11 @@ class Stage:
             self._ledger.close_gate()
             try:
                 self._files.settle()
-                header = self._space.header
-                done = self._directory.read_result()
-                if header.attempted and done is not None and done.commit == header.commit:
-                    published: Published | None = Published(done.version, done.created)
-                else:
-                    published = self._publish(report)
-                    if published is not None:
-                        self._directory.write_result(published, header.commit)
+                published = self._finished() or self._publish(report)
                 if published is not None and not final:
                     self._go_on(published.version)
+            except OSError as error:
+                raise from_os_error(error, f"committing stage {self.path}") from error
             finally:
                 self._ledger.open_gate()
             return published
@@ -515,6 +512,13 @@ class Stage:
 
     # The commit
 
+    def _finished(self) -> Published | None:
+        """What an earlier attempt of this very commit made, if it got as far as recording it."""
+        header, done = self._space.header, self._directory.read_result()
+        if not header.attempted or done is None or done.commit != header.commit:
+            return None
+        return Published(done.version, done.created)
+
     def _publish(self, report: Report | None) -> Published | None:
         header = self._space.header
         base = header.base
@@ -540,9 +544,11 @@ class Stage:
             retry=header.attempted,
         )
         try:
-            return publish(self._store, draft, report)
+            published = publish(self._store, draft, report)
         finally:
             plan.close()
+        self._directory.write_result(published, header.commit)
+        return published
 
     def _plan(self) -> Plan:
         return Plan(self._ledger, self._files, self.label)
