@@ -27,13 +27,13 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from email.utils import parsedate_to_datetime
 from http.cookiejar import DefaultCookiePolicy
 from urllib.parse import urlsplit, urlunsplit
 
 import requests
 import requests.adapters
 import urllib3.exceptions
-from urllib3.util import Retry
 
 from artifactfs.errors import (
     ArtifactFSError,
@@ -56,7 +56,7 @@ _PROGRESS = 16 << 10  # fewer bytes are no progress: a server that drips could o
 _ATTEMPTS = 6  # failures in a row without progress between them
 _BACKOFF = 0.2  # seconds before the second retry (the first is immediate: mostly a kept connection that had been closed)
 _BACKOFF_MAX = 10.0
-_RETRY_AFTER_MAX = 30  # a server that asks for more is asked again after this many seconds, if the deadline allows
+_RETRY_AFTER_MAX = 30.0  # a server that asks for more is asked again after this many seconds, if the deadline allows
 _PIECE = 256 << 10  # at most this much is read at once; what has arrived is passed on without waiting for more
 _DRAIN = 64 << 10  # a body up to this size is cheaper to read than its connection to replace
 _POOL = 64  # kept connections a host: more streams than a mount ever has in flight to one
@@ -64,7 +64,6 @@ _POOL = 64  # kept connections a host: more streams than a mount ever has in fli
 _TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 _CONTENT_RANGE = re.compile(r"bytes\s+([0-9]+)-([0-9]+)/([0-9]+|\*)\s*", re.IGNORECASE)
 _SECRET_NAME = re.compile(r"sig|token|key|secret|pass|pwd|credential|auth|session|code|policy", re.IGNORECASE)
-_RETRY = Retry(0, retry_after_max=_RETRY_AFTER_MAX)  # only its reading of Retry-After is used: this module's loop retries
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -181,23 +180,25 @@ def _reopen(url: str, position: int, pin: Pin, attempts: _Attempts, error: _Tran
 
 
 class _Attempts:
-    """Counts the failures in a row of one fetch, and the time since its last progress; both start anew with progress."""
+    """Counts the failures of one fetch in a row without new bytes between them, and the time since bytes came at all."""
 
     def __init__(self, url: str, deadline: float) -> None:
         self.url = url
         self.deadline = deadline
-        self._advance()
-
-    def _advance(self) -> None:
         self._failures = 0
         self._bytes = 0
-        self._limit = time.monotonic() + self.deadline
+        self._new = 0
+        self._limit = time.monotonic() + deadline
 
-    def arrived(self, size: int) -> None:
-        """Count ``size`` bytes. NetworkError if they drip too slowly."""
+    def arrived(self, size: int, new: int) -> None:
+        """Count ``size`` bytes, ``new`` of which were not here before. NetworkError if they drip too slowly."""
         self._bytes += size
+        self._new += new
+        if self._new >= _PROGRESS:
+            self._failures = self._new = 0
         if self._bytes >= _PROGRESS:
-            self._advance()
+            self._bytes = 0
+            self._limit = time.monotonic() + self.deadline
         elif time.monotonic() > self._limit:
             raise NetworkError(f"{shown(self.url)}: {self._bytes} bytes in {self.deadline:g} s are too slow; try again later")
 
@@ -313,9 +314,9 @@ def _pieces(response: requests.Response, skip: int, size: int, attempts: _Attemp
             if size < 0:
                 return
             raise _TransientError("the answer ended too early")
-        attempts.arrived(len(piece))
-        if skip:
-            dropped = min(skip, len(piece))
+        dropped = min(skip, len(piece))
+        attempts.arrived(len(piece), len(piece) - dropped)
+        if dropped:
             skip -= dropped
             piece = piece[dropped:]
         if piece:
@@ -347,11 +348,16 @@ def _phrase(response: requests.Response) -> str:
 
 
 def _retry_after(response: requests.Response) -> float | None:
-    value = response.headers.get("Retry-After", "")
-    try:
-        return _RETRY.parse_retry_after(value) if value else None
-    except urllib3.exceptions.HTTPError:
-        return None
+    """The seconds to wait that the answer asks for, as a number or a date, within bounds; None if it does not."""
+    value = response.headers.get("Retry-After", "").strip()
+    if value.isdecimal():
+        seconds = float(value)
+    else:
+        try:
+            seconds = parsedate_to_datetime(value).timestamp() - time.time()
+        except (ValueError, OverflowError):
+            return None
+    return min(max(seconds, 0.0), _RETRY_AFTER_MAX)
 
 
 def _check_content_range(response: requests.Response, url: str, start: int, end: int) -> int:

@@ -143,7 +143,7 @@ class Reader:
                 entry = self._resolved.get(reference_key(entry), entry)
         if self.cache is None or entry.size <= 0:
             return 0
-        key = entry.id if isinstance(entry, File) else source_key(entry)
+        key = _key(entry, entry.name)
         cached = self.cache.content(key, entry.size)
         try:
             return cached.cached_bytes()
@@ -196,9 +196,8 @@ class Reader:
 
     def acquire(self, entry: Entry, where: str) -> _Content:
         """The shared state of a content, to be released."""
-        key, kind = (entry.id, "") if isinstance(entry, File) else (source_key(entry), entry.uri)
-        if len(key) != DIGEST_SIZE:
-            raise IntegrityError(f"{where} has a content id of {len(key)} bytes; run `artifactfs fsck`")
+        key = _key(entry, where)
+        kind = entry.uri if isinstance(entry, Ref) else ""
         with self._lock:
             content = self._contents.get((key, entry.size, kind))
             if content is None:
@@ -831,9 +830,11 @@ class _Slot(_Result[bytes]):
 
 @dataclasses.dataclass(slots=True, eq=False)
 class _Fetch:
-    """One stream of the blocks from ``first`` to ``end`` (exclusive). ``left`` is what counts against the budget; ``position``
-    the next block; ``moved`` when it last made progress, 0 before it did. ``whole``: it streams the content from its beginning, and delivers
-    whatever block is waited for when it passes."""
+    """One stream of the blocks from ``first`` to ``end`` (exclusive).
+
+    ``left`` is what counts against the budget, ``position`` the next block, ``moved`` when it last made progress (0 before it
+    did). ``whole``: it streams the content from its beginning, and delivers whatever block is waited for when it passes.
+    """
 
     content: _Content
     first: int
@@ -893,6 +894,14 @@ class _Workers:
                         self._idle -= 1
                         return
                 task = self._tasks.get()  # our place was given to a task that is just being put
+
+
+def _key(entry: Entry, where: str) -> bytes:
+    """The identity of the bytes of a pinned entry. IntegrityError for a stored one that cannot be right."""
+    key = source_key(entry) if isinstance(entry, Ref) else entry.id
+    if len(key) != DIGEST_SIZE:
+        raise IntegrityError(f"{where} has a content id of {len(key)} bytes; run `artifactfs fsck`")
+    return key
 
 
 def _runs(blocks: list[int], most: int) -> Iterator[tuple[int, int]]:

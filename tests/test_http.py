@@ -356,6 +356,16 @@ def test_no_ranges_and_a_cut(server: FaultServer) -> None:
     assert read(server) == DATA
 
 
+def test_no_ranges_and_always_cut(server: FaultServer) -> None:
+    """Reading again up to where it broke is no progress."""
+    server.faults.ranges, server.faults.cut_after = False, 1_000_000
+    began = time.monotonic()
+    with pytest.raises(NetworkError):
+        read(server)
+    assert server.requests == http._ATTEMPTS
+    assert time.monotonic() - began < 5
+
+
 def test_no_ranges_and_changed_after_a_cut(server: FaultServer) -> None:
     server.faults.ranges = False
     server.faults.cut_after, server.faults.cuts = 1_000_000, 1

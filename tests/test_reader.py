@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import random
@@ -9,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import cast
 
@@ -182,11 +184,11 @@ def test_random_reads_equal_the_content(
     span = st.tuples(st.integers(0, 2), st.integers(-10, len(DATA) + 10), st.integers(0, 3 * MIB))
 
     @settings(max_examples=12)
-    @given(st.lists(span, min_size=1, max_size=12), st.integers(2, 9))
+    @given(st.lists(span, min_size=1, max_size=12), st.integers(3, 9))
     def check(reads: list[tuple[int, int, int]], every: int) -> None:
         server.faults.ranges = "no ranges" not in kind
         server.faults.status, server.faults.every = 503, every
-        server.faults.cut_after = 900_000
+        server.faults.cut_after, server.faults.cuts = 900_000, -1 if server.faults.ranges else 2
         limit = 4 * MIB if kind == "small cache" else 1 << 30
         cache = None if "no cache" in kind else BlockCache(tmp_path_factory.mktemp("cache"), limit)
         reader = Reader(cast(Store, store), cache, deadline=DEADLINE)
@@ -419,6 +421,45 @@ def test_a_spool_without_cache_goes_no_further_than_its_reader(server: FaultServ
     assert server.body_bytes < 120 * MIB
     handle.close()
     settle(reader)
+
+
+def test_a_spool_that_nobody_reads_ends(server: FaultServer, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("artifactfs.reader._PAUSE", 0.1)
+    server.contents["/huge"] = bytes(100 * MIB) + DATA
+    entry = reference(server, "/huge")
+    server.faults.ranges = False
+    reader = make(None)
+    handle = reader.open(entry)
+    assert handle.read(0, 10) == bytes(10)
+    settle(reader)
+    assert server.body_bytes < 60 * MIB
+    assert handle.read(100 * MIB, 5 * MIB) == DATA[: 5 * MIB]
+
+
+class PlainHandler(SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def test_the_server_of_the_standard_library(tmp_path: Path, make: Make) -> None:
+    """``python -m http.server``: HTTP/1.0, no ETag, no ranges."""
+    (tmp_path / "f.bin").write_bytes(DATA)
+    plain = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(PlainHandler, directory=str(tmp_path)))
+    thread = threading.Thread(target=plain.serve_forever, args=(0.02,))
+    thread.start()
+    try:
+        ref = expand(f"http://127.0.0.1:{plain.server_port}/f.bin")[0].ref
+        reader = make()
+        handle = reader.open(ref)
+        assert handle.read(5 * MIB, 100) == DATA[5 * MIB : 5 * MIB + 100]
+        assert read_through(handle) == DATA
+        os.utime(tmp_path / "f.bin", (1_000_000_000, 1_000_000_000))
+        with pytest.raises(SourceChangedError):
+            make(None).open(ref).read(0, 10)
+    finally:
+        plain.shutdown()
+        plain.server_close()
+        thread.join()
 
 
 # Wrong bytes

@@ -7,6 +7,8 @@ import hashlib
 import os
 import random
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -371,3 +373,9 @@ def test_keys_tell_pins_apart() -> None:
     assert len(set(keys)) == len(keys)
     assert all(len(key) == 32 for key in keys)
     assert source_key(msgspec.structs.replace(ref, name="other", executable=True)) == keys[0]
+
+
+def test_requests_is_imported_by_need() -> None:
+    """It costs a fifth of a second, which no mount without such references should pay."""
+    code = "import sys, artifactfs.reader; sys.exit('requests' in sys.modules or 'urllib3' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -13,7 +13,7 @@ from artifactfs.errors import UsageError
 from artifactfs.model import BLAKE3, Ref, scheme_of
 from artifactfs.names import entry_path
 from artifactfs.references import file
-from artifactfs.references.source import DEADLINE, Expanded, Source, WholeOnly, source_key
+from artifactfs.references.source import DEADLINE, PINS, Expanded, Source, WholeOnly, source_key
 
 __all__ = [
     "DEADLINE",
@@ -80,7 +80,7 @@ def is_local(ref: Ref) -> bool:
 
 def is_pinned(ref: Ref) -> bool:
     """Whether the size of ``ref`` is known and something recorded tells its bytes from other ones (local files: needless)."""
-    return ref.size >= 0 and (is_local(ref) or bool(ref.id or ref.extra))
+    return ref.size >= 0 and (is_local(ref) or bool(ref.id) or any(ref.extra.get(name) for name in PINS))
 
 
 def resolve(ref: Ref, deadline: float = DEADLINE) -> Ref:

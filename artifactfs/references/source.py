@@ -13,6 +13,14 @@ from artifactfs.model import Ref, reference_key
 DEADLINE = 60.0
 """Seconds within which a remote must make progress before a fetch from it is given up."""
 
+ETAG = "etag"
+VERSION = "versionID"
+MODIFIED = "lastModified"
+SEEN = "seen"
+PINS = (ETAG, VERSION, MODIFIED, SEEN)
+"""The keys of ``Ref.extra`` that pin: the first two are W&B's. ``seen`` is never stored: it stands for what a process saw of a
+remote that tells nothing, and keeps that apart from what others cached."""
+
 _KEY_CONTEXT = "artifactfs 2026-11 reference key v1"  # no content's id can equal a key that was derived with it
 
 

@@ -18,11 +18,7 @@ from artifactfs.content import Fingerprint, Hasher
 from artifactfs.errors import SourceChangedError, UsageError
 from artifactfs.model import BLOCK, Ref
 from artifactfs.names import entry_path
-from artifactfs.references.source import DEADLINE, Expanded, WholeOnly, source_key
-
-ETAG = "etag"
-MODIFIED = "lastModified"
-_SEEN = "seen"  # pins nothing at the server; keeps what this process reads apart from what others cached
+from artifactfs.references.source import DEADLINE, ETAG, MODIFIED, SEEN, Expanded, WholeOnly, source_key
 
 
 def expand(url: str, name: str, checksum: bool) -> Expanded:
@@ -47,7 +43,7 @@ def resolve(ref: Ref, deadline: float) -> Ref:
     size = pin.size if pin.size >= 0 else sum(len(piece) for piece in http.get_whole(ref.uri, deadline))
     if 0 <= ref.size != size:
         raise SourceChangedError(f"{http.shown(ref.uri)} is {size} bytes long and was {ref.size} when it was added; add it again")
-    return msgspec.structs.replace(ref, size=size, extra=_extra(pin) or {_SEEN: secrets.token_hex(16)})
+    return msgspec.structs.replace(ref, size=size, extra=_extra(pin) or {SEEN: secrets.token_hex(16)})
 
 
 class WebSource:
