@@ -62,7 +62,8 @@ def random_reads(bench: Bench, quick: bool) -> None:
     plain = _big_file(bench, size)
     count = 2000 if quick else 10000
     runs = 1 if quick else 3
-    places = [random.Random(7).randrange(size // 4096) * 4096 for _ in range(count)]
+    source = random.Random(7)
+    places = [source.randrange(size // 4096) * 4096 for _ in range(count)]
 
     def rate(path: Path, threads: int) -> float:
         def read(part: list[int]) -> None:
