@@ -8,8 +8,9 @@ version refers to, which ``gc`` removes, or a version whose aliases have not mov
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -75,23 +76,25 @@ def publish(store: NativeStore, draft: Draft, report: Report | None = None) -> P
     The given aliases and ``latest`` point to the result. UsageError for a type other than the collection's, ConflictError for
     ``expect_base`` or a file that changes while it is read. May be repeated with the same draft after any failure.
     """
-    _check(draft)
+    draft = _checked(draft)
     own = _own(store, draft) if draft.retry else None
     if own is not None:
         return Published(_point_aliases(store, draft, own), True)
     kind, newest = _fitting(store, draft)
     encode_record(_version(draft, kind, 0, EMPTY, ""))  # what cannot be stored is refused before anything is
     store.ensure_format()
-    upload = Upload(store, newest, check_algorithm(draft.algorithm), report)
+    upload = Upload(store, newest, draft.algorithm, report)
     try:
-        root = upload.build(draft.folder)
+        with _base_explained(store, draft):
+            root = upload.build(draft.folder)
         unchanged = _unchanged(store, draft, newest, root)
         if unchanged is not None:
             return unchanged
         upload.flush()
     finally:
         upload.close()
-    _keep_base(store, draft, root)
+    with _base_explained(store, draft):
+        _keep_base(store, draft, root)
     return _create(store, draft, root)
 
 
@@ -117,22 +120,26 @@ def build_digest(folder: Folder, tree: Tree, algorithm: str = BLAKE3) -> str:
     return tree.beside(pages).digest(build(folder), algorithm)
 
 
-def _check(draft: Draft) -> None:
+def _checked(draft: Draft) -> Draft:
+    """The draft with everything in the form that it is stored in."""
     check_entity(draft.name.entity)
     check_project(draft.name.project)
     check_collection(draft.name.collection)
     for alias in draft.aliases:
         if alias != LATEST:
             check_new_alias(alias)
-    check_tags(draft.tags)
-    check_metadata(draft.metadata)
-    check_algorithm(draft.algorithm)
     if draft.type:
         check_type(draft.type, draft.name.collection)
     if draft.ttl is not None and not 0 < draft.ttl <= MAX_TTL:
         raise UsageError(f"a time to live of {draft.ttl} seconds cannot be; it must be at least one")
     if not draft.commit:
         raise ValueError("a draft needs the id of its commit")
+    return dataclasses.replace(
+        draft,
+        algorithm=check_algorithm(draft.algorithm),
+        metadata=check_metadata(draft.metadata),
+        tags=check_tags(draft.tags),
+    )
 
 
 def _own(store: NativeStore, draft: Draft) -> Version | None:
@@ -200,10 +207,21 @@ def _keep_base(store: NativeStore, draft: Draft, root: Dir) -> None:
         return
     for key in objects_of(store, root):
         if not store.objects.refresh(key):
-            raise IntegrityError(
-                f"{draft.name.path}:v{draft.base} was deleted and collected while it was staged, and {key} is gone; "
-                "the files changed in the stage are still in its staging directory"
-            )
+            raise IntegrityError(f"{key} is lost")
+
+
+@contextlib.contextmanager
+def _base_explained(store: NativeStore, draft: Draft) -> Iterator[None]:
+    """Damage found in a base that was deleted is no surprise."""
+    try:
+        yield
+    except IntegrityError as error:
+        if draft.base is None or _is_live(store, draft.name, draft.base):
+            raise
+        raise IntegrityError(
+            f"{draft.name.path}:v{draft.base} was deleted while it was staged, and is collected by now ({error}); "
+            "the files changed in the stage are still in its staging directory"
+        ) from None
 
 
 def _is_live(store: NativeStore, name: ArtifactName, number: int) -> bool:
@@ -225,7 +243,7 @@ def objects_of(store: NativeStore, root: Dir) -> list[str]:
 
 def _create(store: NativeStore, draft: Draft, root: Dir) -> Published:
     """Create the version under the next free number, unless somebody else has just made the same one."""
-    digest = store.tree.digest(root, check_algorithm(draft.algorithm))
+    digest = store.tree.digest(root, draft.algorithm)
     while True:
         # The numbers first: whoever commits after that takes the number that is tried here. So what is checked below against
         # the newest version still holds at the moment at which this one comes into being.
@@ -248,13 +266,13 @@ def _version(draft: Draft, kind: str, number: int, root: Dir, digest: str) -> Ve
         number=number,
         type=kind,
         digest=digest,
-        algorithm=check_algorithm(draft.algorithm),
+        algorithm=draft.algorithm,
         root=root,
         size=root.size,
         file_count=root.files,
         description=draft.description,
-        metadata=check_metadata(draft.metadata),
-        tags=check_tags(draft.tags),
+        metadata=dict(draft.metadata or {}),
+        tags=list(draft.tags),
         ttl=draft.ttl,
         run=draft.run,
         commit=draft.commit,

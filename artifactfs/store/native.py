@@ -330,9 +330,13 @@ class NativeStore:
         return ()
 
     def read_extent(self, extent: Extent) -> bytes:
-        """The bytes of one extent, not checked."""
+        """The bytes of one extent, not checked. IntegrityError if its object is lost."""
         check_extent(extent)
-        return self.objects.read(object_key(extent.object), extent.offset, extent.length)
+        key = object_key(extent.object)
+        try:
+            return self.objects.read(key, extent.offset, extent.length)
+        except NotFoundError:  # not "not found": what refers to it exists
+            raise IntegrityError(f"{key} of {self.url} is lost") from None
 
     def ensure_format(self) -> None:
         """Write ``store.json`` if it is not there; before anything else is written."""

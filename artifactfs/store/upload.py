@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import os
 import stat
 from array import array
@@ -206,14 +207,12 @@ class Upload:
         return msgspec.structs.replace(ref, blocks=known or self._contents.add(block_list))
 
     def _small(self, new: NewFile, data: bytes, found: Fingerprint, prior: File | None) -> File:
-        self._count(1, len(data))
-        if not data:
-            return _placed(found, new.executable, None)
-        known = prior if prior is not None and prior.id == found.id else self._known(found.id)
-        if known is None:
+        known = prior if prior is not None and prior.id == found.id else self._known(found.id) if data else None
+        if known is None and data:
             known = self._stored[found.id] = File("", len(data), False, found.id, (self._contents.add(data),))
             self._progress.stored += len(data)
-        return _placed(found, new.executable, known)
+        self._count(1, len(data))
+        return _placed(found, new.executable, known if data else None)
 
     def _patched(self, new: NewFile, base: File) -> File:
         """A staged file of which only some blocks are local."""
@@ -511,6 +510,8 @@ def _opened(path: str) -> Iterator[tuple[int, int]]:
         finally:
             os.close(fd)
     except OSError as error:
+        if error.errno == errno.ENXIO:  # a socket cannot even be opened
+            raise UsageError(f"{path} is not a regular file") from None
         raise from_os_error(error, f"reading {path}") from error
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
         raise _changed(path)
