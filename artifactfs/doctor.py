@@ -80,7 +80,7 @@ def _fusermount() -> Check:
 
 def _fuse_conf() -> Check:
     try:
-        lines = Path(_FUSE_CONF).read_text(errors="replace").split()
+        lines = [line.strip() for line in Path(_FUSE_CONF).read_text(errors="replace").splitlines()]
     except OSError:
         lines = []
     if "user_allow_other" in lines or os.geteuid() == 0:
@@ -104,7 +104,7 @@ def _store(settings: Settings) -> Check:
     except ArtifactFSError as error:
         return Check("store", False, str(error), "name another with ARTIFACTFS_STORE or --store")
     check = _directory("store", Path(store.url.removeprefix("file://")))
-    return dataclasses.replace(check, found=f"{store.url}; {check.found}")
+    return check if store.url in check.found else dataclasses.replace(check, found=f"{store.url}; {check.found}")
 
 
 def _cache(settings: Settings) -> Check:

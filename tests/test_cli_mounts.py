@@ -290,6 +290,14 @@ def test_malformed_mount_options(text: str) -> None:
         mount_options.parse(text)
 
 
+def test_stage_options(afs: Program, logged: str, place: Path) -> None:
+    for option in ("offline", "path_prefix=x", "prefetch=all", "bogus"):
+        assert afs("stage", logged, place, "-o", option, code=2).err.count("\n") == 1
+    afs("stage", logged, place, "-o", "allow_other,noatime")
+    assert "allow_other" in subprocess.run(["findmnt", "-no", "OPTIONS", place], capture_output=True, text=True).stdout
+    afs("unmount", place)
+
+
 def test_sloppy_mount_options() -> None:
     assert mount_options.parse("nope,bogus=1,offline", sloppy=True) == {"offline": True, "options": ()}
 

@@ -164,6 +164,8 @@ def ls_command(session: Session, name: str, path: str) -> None:
     if found is not None:
         _list_level(session, found)
         return
+    if not path and ":" not in name and not _completed(session, name):
+        raise NotFoundError(f"there is nothing below {name.strip('/')!r} in {store.url}; artifactfs ls lists what there is")
     version = store.version(session.name(name.strip("/")))
     session.rows(_entries(store, version, path), _ENTRY_COLUMNS)
 
@@ -177,6 +179,13 @@ def _level(store: Store, parts: tuple[str, ...]) -> list[dict[str, Any]] | None:
     if len(parts) == 2:
         return [_collection_document(collection) for collection in store.collections(*parts)] or None
     return None
+
+
+def _completed(session: Session, name: str) -> bool:
+    """Whether a name without an alias is a whole one with the default entity and project."""
+    defaults = (session.settings.entity, session.settings.project)
+    parts = len(names.parse_prefix(name))
+    return all(defaults[: 3 - parts])
 
 
 def _collection_document(collection: Collection) -> dict[str, Any]:

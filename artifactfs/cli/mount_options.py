@@ -17,6 +17,7 @@ _IGNORED = frozenset(
 )
 """Words of mount(8) that make no difference to a version, which is always read-only and has neither devices nor set-id files."""
 _PASSED = frozenset(("noexec", "allow_root"))
+_NOT_STAGED = frozenset(("ro", "path_prefix"))
 _PREFETCH = ("none", "auto", "all")
 
 
@@ -38,6 +39,14 @@ def parse(text: str, sloppy: bool = False) -> dict[str, Any]:
         elif not sloppy and not _is_ignored(option, key):
             raise UsageError(f"mount option {option!r} is not known; see artifactfs mount --help")
     return {**fields, "options": tuple(passed)}
+
+
+def parse_stage(text: str) -> dict[str, Any]:
+    """As :func:`parse`, for a stage; UsageError also for what only a read-only mount can be."""
+    for option in _split(text):
+        if option.partition("=")[0] in _NOT_STAGED:
+            raise UsageError(f"a stage cannot be mounted with {option!r}: it is writable, and shows its version whole")
+    return parse(text)
 
 
 def _is_ignored(option: str, key: str) -> bool:

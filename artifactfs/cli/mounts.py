@@ -18,6 +18,9 @@ from artifactfs.registry import MountRecord, MountRequest
 
 _UNCHANGED = "nothing was changed, so there is no new version"
 
+_mount_options = click.option(
+    "-o", "options", multiple=True, metavar="OPT,...", help="Options as in fstab: allow_other, offline, store=URL, ..."
+)
 _foreground = click.option("--foreground", is_flag=True, help="Stay and log to standard error until it is unmounted.")
 
 
@@ -42,7 +45,7 @@ def record_document(record: MountRecord) -> dict[str, Any]:
 @click.argument("name")
 @click.argument("directory", metavar="DIR", type=click.Path())
 @_foreground
-@click.option("-o", "options", multiple=True, metavar="OPT,...", help="Options as in fstab: allow_other, offline, store=URL, ...")
+@_mount_options
 @click.option("--offline", is_flag=True, help="Never connect: what is not cached cannot be read.")
 @click.option("--prefetch", metavar="none|auto|all", help="How much to fetch ahead of what is read (auto).")
 @arguments.path_prefix
@@ -71,16 +74,20 @@ def mount_command(
 @arguments.draft_options
 @click.option("--expect-base", is_flag=True, help="Let the commit fail if somebody else has committed meanwhile.")
 @click.option("--resume", "again", is_flag=True, help="Go on with an uncommitted stage: stage --resume DIR [MOUNTPOINT].")
+@_mount_options
 @_foreground
 @pass_session
-def stage_command(session: Session, /, words: tuple[str, ...], foreground: bool, again: bool, **options: Any) -> None:
+def stage_command(
+    session: Session, /, words: tuple[str, ...], foreground: bool, again: bool, options: tuple[str, ...], **rest: Any
+) -> None:
     """Mount a writable directory on the empty directory DIR that becomes the next version of NAME when it is unmounted.
 
     It shows the version it begins with; only what is changed takes space. --resume: DIR is the mountpoint or the staging
     directory of a stage whose commit failed or whose process died; `mounts --all` lists them.
     """
+    given = mount_options.parse_stage(",".join(options))
     if again:
-        request = _resume_request(session, words)
+        request = _resume_request(session, words, given)
         words = ("", request.mountpoint)
     elif len(words) != 2:
         raise UsageError("stage takes a NAME and a DIR (see artifactfs stage --help)")
@@ -89,23 +96,24 @@ def stage_command(session: Session, /, words: tuple[str, ...], foreground: bool,
             session.settings,
             "stage",
             *words,
-            base=options["base"],
-            type=options["kind"],
-            aliases=options["aliases"],
-            tags=options["tags"],
-            description=options["description"],
-            metadata=arguments.metadata(options["metadata_text"]),
-            expect_base=options["expect_base"],
+            base=rest["base"],
+            type=rest["kind"],
+            aliases=rest["aliases"],
+            tags=rest["tags"],
+            description=rest["description"],
+            metadata=arguments.metadata(rest["metadata_text"]),
+            expect_base=rest["expect_base"],
+            **given,
         )
     _start(session, request, words[1], foreground)
 
 
-def _resume_request(session: Session, words: tuple[str, ...]) -> MountRequest:
+def _resume_request(session: Session, words: tuple[str, ...], given: dict[str, Any]) -> MountRequest:
     if len(words) > 2:
         raise UsageError("stage --resume takes a DIR and, if it should be mounted elsewhere, a MOUNTPOINT")
     stage = resume.find_stage(session.settings, words[0])
     where = words[1] if len(words) == 2 else stage.spec.mountpoint
-    return daemon.request(session.settings, "stage", str(stage.spec.name), where, resume=str(stage.directory))
+    return daemon.request(session.settings, "stage", str(stage.spec.name), where, resume=str(stage.directory), **given)
 
 
 def _start(session: Session, request: MountRequest, shown: str, foreground: bool) -> None:
@@ -121,7 +129,7 @@ def _start(session: Session, request: MountRequest, shown: str, foreground: bool
         return
     daemon.run(request, ready)
     record = daemon.find(request.mountpoint, request.state_dir)
-    if record is not None and record.state == "committed":
+    if record is not None and record.state == "committed" and not session.json:  # JSON was one document, at the start
         _ended(session, daemon.unmount(request.mountpoint, state_dir=request.state_dir))
 
 

@@ -102,9 +102,7 @@ def run(arguments: list[str]) -> int:
     """Run one command; the exit code. Never raises, but for what ends the process itself."""
     if _COMPLETE in os.environ:
         program.main(arguments, "artifactfs")
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    _prepare_streams()
     session = Session()
     session.start_logging()
     try:
@@ -113,6 +111,16 @@ def run(arguments: list[str]) -> int:
         return code
     except BaseException as error:
         return _report(session, error, "--json" in arguments)
+
+
+def _prepare_streams() -> None:
+    """What cannot be encoded is escaped; what was closed by the caller goes nowhere."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for the rest of the process
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _invoke(session: Session, arguments: list[str]) -> int:
