@@ -79,15 +79,15 @@ def start(request: MountRequest) -> MountRecord:
     """Mount in a process of its own; returns when the mount answers. Raises that process's own reason if it cannot."""
     mounts = Registry(request.state_dir)
     mounts.prepare()
-    where = mountpoint.check(request.mountpoint)
+    mountpoint.check(request.mountpoint)
     mountpoint.check_device()
-    _forget_ended(mounts, where)
     id = mounts.new_id()
     answer = _spawn(request, id, mounts.log(id))
     if "error" in answer:
         raise control.unpack_error(answer["error"])
     record = msgspec.convert(answer["result"], MountRecord)
     _check_answers(record)
+    _forget_ended(mounts, record)
     return record
 
 
@@ -156,9 +156,9 @@ def commit(path: str | os.PathLike[str], report: Report | None = None, **where: 
     return UnmountResult(msgspec.convert(answer["record"], MountRecord), answer["committed"], answer["created"])
 
 
-def status(path: str | os.PathLike[str], **where: Any) -> list[dict[str, str]]:
-    """What was added, modified and deleted in the stage at ``path``: objects with ``path`` and ``change``."""
-    changes: list[dict[str, str]] = control.ask(_socket(path, **where), {"op": "status"})
+def status(path: str | os.PathLike[str], **where: Any) -> list[dict[str, Any]]:
+    """What was added, modified and deleted in the stage at ``path``: the fields of ``staging.StageChange``."""
+    changes: list[dict[str, Any]] = control.ask(_socket(path, **where), {"op": "status"})
     return changes
 
 
@@ -238,10 +238,12 @@ def _check_answers(record: MountRecord) -> None:
         raise from_os_error(error, f"{record.name} was mounted on {record.mountpoint} but does not answer") from None
 
 
-def _forget_ended(mounts: Registry, where: str) -> None:
-    """A mount that begins at a place ends what could still be asked about earlier ones there."""
+def _forget_ended(mounts: Registry, begun: MountRecord) -> None:
+    """A mount that begins ends what could still be asked about earlier ones at its place, and of its staging directory."""
     for record in mounts.records():
-        if record.mountpoint == where and (record.state == "committed" or (record.state == "dead" and record.kind == "mount")):
+        told = record.state == "committed" or (record.state == "dead" and record.kind == "mount")
+        resumed = record.state in ("dead", "failed") and record.staging == begun.staging != ""
+        if record.id != begun.id and (resumed or (told and record.mountpoint == begun.mountpoint)):
             mounts.remove(record)
 
 

@@ -78,7 +78,7 @@ def check(path: str) -> str:
     if mount is not None and mount.type == FILE_SYSTEM and is_dead(where):
         unmount(where, lazy=True)
         mount = at(where)
-    if mount is not None and mount.type.startswith("fuse"):
+    if mount is not None and mount.type == FILE_SYSTEM:
         raise MountError(f"{path} is in use: {mount.source} is mounted there; `artifactfs unmount {path}` first, or use another")
     _check_directory(path, where)
     return where

@@ -231,7 +231,10 @@ def this_process() -> Process:
 
 
 def started_at(pid: int) -> int:
-    """When a process started, in clock ticks since boot; -1 if it is gone, 0 where the system does not tell."""
+    """When a process started, in clock ticks since boot; -1 if it is gone, 0 where the system does not tell.
+
+    A killed one is gone when the last of its threads is: until then it holds its locks.
+    """
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             fields = file.read().rpartition(b")")[2].split()  # the name before may hold anything
@@ -239,7 +242,15 @@ def started_at(pid: int) -> int:
         return 0 if not os.path.isdir("/proc/self") and _answers(pid) else -1
     except OSError:
         return -1
-    return -1 if fields[0] in (b"Z", b"X") else int(fields[19])
+    ended = fields[0] in (b"Z", b"X") and len(_entries(f"/proc/{pid}/task")) <= 1
+    return -1 if ended else int(fields[19])
+
+
+def _entries(path: str) -> list[str]:
+    try:
+        return os.listdir(path)
+    except OSError:
+        return []
 
 
 def _answers(pid: int) -> bool:

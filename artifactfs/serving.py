@@ -85,15 +85,12 @@ class _Serving:
         self._progress = Progress()
 
     def run(self, ready: Callable[[MountRecord], None]) -> int:
-        signals = threading.Thread(target=self._obey_signals, name="signals", daemon=True)
-        signals.start()
+        threading.Thread(target=self._obey_signals, name="signals", daemon=True).start()
         try:
             with contextlib.ExitStack() as stack:
                 return self._run(stack, ready)
         finally:
             self._over.set()
-            assert signals.ident is not None
-            signal.pthread_kill(signals.ident, signal.SIGTERM)
 
     def _run(self, stack: contextlib.ExitStack, ready: Callable[[MountRecord], None]) -> int:
         mountpoint.check_device()
@@ -162,13 +159,12 @@ class _Serving:
             staging=str(self._stage.path) if self._stage else "",
             device=self._session.device,
         )
+        self._mounted.set()
         try:
             self._registry.save(self._record)
-            self._mounted.set()
             ready(self._record)
-        except (ArtifactFSError, OSError) as error:  # nobody would ever find this mount
+        except Exception as error:  # nobody would ever find this mount
             log.error("unmounting again: %s", error)
-            self._mounted.set()
             threading.Thread(target=self._unmount, args=(True,), daemon=True).start()
 
     def _abandon(self) -> None:
@@ -223,7 +219,10 @@ class _Serving:
     def _save(self, **changes: Any) -> None:
         assert self._record is not None
         self._record = msgspec.structs.replace(self._record, **changes)
-        self._registry.save(self._record)
+        try:
+            self._registry.save(self._record)
+        except ArtifactFSError as error:  # what has become of the stage is also in its directory, and told to whoever waits
+            log.error("%s", error)
 
     def _tell(self, outcome: dict[str, Any]) -> None:
         self._outcome = outcome

@@ -410,6 +410,7 @@ def test_a_killed_stage_is_mounted_over_or_finished_without_mounting(world: Worl
     record = world.kill(staged)
     world.start(world.request("stage", "acme/vision/bikes", staged, resume=record.staging))  # the dead mount goes by itself
     assert (staged / "new").read_bytes() == b"new"
+    assert [found.state for found in daemon.mounts(all=True)] == ["mounted"]
     world.kill(staged)
     finished = resume.finish(world.settings, resume.find_stage(world.settings, str(staged)))
     assert finished.committed == "acme/vision/bikes:v1"

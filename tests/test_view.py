@@ -18,7 +18,6 @@ from artifactfs import view as views
 from artifactfs.errors import ArtifactFSError, IntegrityError, NotFoundError, ReadOnlyError
 from artifactfs.folders import MadeFolder
 from artifactfs.model import BLOCK, Ref, Symlink
-from artifactfs.names import parse
 from artifactfs.view import BrowseView, DiffView, FileTree, VersionView
 
 __all__ = ["shelf"]
@@ -352,19 +351,32 @@ def test_many_versions_and_open_files_outlive_the_views_kept(catalog: Shelf, mon
     seen.close()
 
 
-def test_an_alias_never_shadows_a_version(catalog: Shelf) -> None:
-    """A store that gives hostile aliases: a version's name, a path, a name no file can have."""
+class HostileStore:
+    """A store that says of its collections what the embedded one would refuse to."""
 
-    def spoil(collection: Any) -> Any:
+    def __init__(self, store: Any) -> None:
+        self._store = store
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def entities(self) -> list[str]:
+        return [*self._store.entities(), "..", "a/b", "", "nul\0", "\udcff"]
+
+    def collection(self, name: Any) -> Any:
+        found = self._store.collection(name)
         bad = {"v0": 1, "v9": 1, "..": 0, "a/b": 0, "x" * 300: 0, "nul\0": 0, "": 0, "good": 0}
-        return msgspec.structs.replace(collection, aliases={**collection.aliases, **bad})
+        return msgspec.structs.replace(found, aliases={**found.aliases, **bad})
 
-    catalog.store.update_collection(parse("acme/vision/bikes"), spoil)
-    seen = BrowseView(catalog.store, catalog.reader, ("acme", "vision", "bikes"))
+
+def test_names_that_cannot_be_are_not_shown_and_no_alias_shadows_a_version(catalog: Shelf) -> None:
+    store: Any = HostileStore(catalog.store)
+    seen = BrowseView(store, catalog.reader, ("acme", "vision", "bikes"))
     assert listing(seen) == ["v0", "v1", "best", "good", "latest"]
     assert content(seen, "/v0/a") == b"0"
     with pytest.raises(NotFoundError):
         seen.getattr("/v9")
+    assert listing(BrowseView(store, catalog.reader, ())) == ["acme", "other"]
 
 
 # Differences
