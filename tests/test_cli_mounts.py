@@ -291,7 +291,7 @@ def test_malformed_mount_options(text: str) -> None:
 
 
 def test_stage_options(afs: Program, logged: str, place: Path) -> None:
-    for option in ("offline", "path_prefix=x", "prefetch=all", "bogus"):
+    for option in ("ro", "path_prefix=x", "bogus"):
         assert afs("stage", logged, place, "-o", option, code=2).err.count("\n") == 1
     afs("stage", logged, place, "-o", "allow_other,noatime")
     assert "allow_other" in subprocess.run(["findmnt", "-no", "OPTIONS", place], capture_output=True, text=True).stdout
