@@ -111,11 +111,16 @@ def is_local(path: str) -> bool:
 
 
 def check_outside(path: str, directories: dict[str, str]) -> None:
-    """UsageError if the mountpoint lies in one of ``directories`` (path by what it is): it would hide or change what is ours."""
+    """UsageError if the mountpoint lies in one of ``directories`` (path by what it is), which it would change, or the other way
+    round: a daemon that reads its own mount would wait for itself."""
     for what, directory in directories.items():
         real = os.path.realpath(directory)
-        if path == real or path.startswith(real.rstrip("/") + "/"):
+        if _within(path, real.rstrip("/")):
             raise UsageError(f"mountpoint {path} is inside the {what} {directory}; use a directory outside it")
+        if _within(real, path):
+            raise UsageError(
+                f"the {what} {directory} would be inside the mountpoint {path}; use another directory for one of them"
+            )
 
 
 def check_device() -> None:

@@ -130,6 +130,9 @@ def test_mountpoints_that_cannot_be(bikes: World, tmp_path: Path) -> None:
             bikes.start(bikes.request("mount", "acme/vision/bikes:v0", path))
     assert (used / "a").read_bytes() == b"0"
     store.rmdir()
+    empty = bikes.directory()
+    with pytest.raises(UsageError, match="the cache .* would be inside"):
+        bikes.start(bikes.request("mount", "acme/vision/bikes:v0", empty, cache_dir=str(empty / "cache")))
 
 
 def test_no_device_and_no_library(bikes: World, tmp_path: Path) -> None:
