@@ -32,10 +32,14 @@ from artifactfs.errors import (
     SourceChangedError,
     UsageError,
 )
+from artifactfs.folders import gather
 from artifactfs.model import BLOCK, Extent, File, Ref
+from artifactfs.names import parse
+from artifactfs.publish import Draft, publish
 from artifactfs.reader import Handle, Reader
 from artifactfs.references import Source, expand, open_reference
 from artifactfs.store import Store
+from artifactfs.store.urls import open_store
 
 KIB = 1 << 10
 MIB = 1 << 20
@@ -816,19 +820,54 @@ def test_an_unchecked_file(tmp_path: Path, make: Make) -> None:
         handle.read(0, 1)
 
 
+def test_the_native_store(server: FaultServer, tmp_path: Path, cache: BlockCache) -> None:
+    """Everything that a version of a local store can hold, with the block lists of references in its packs."""
+    server.faults.etag, server.faults.modified = None, False
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new/stored").write_bytes(LARGE)
+    (tmp_path / "outside").write_bytes(LARGE[: 3 * MIB])
+    added = [*expand(f"file://{tmp_path}/outside", "file"), *expand(server.url(PATH), "web"), *expand(server.url("/small"))]
+    store = open_store(str(tmp_path / "store"))
+    draft = Draft(name=parse("e/p/c"), type="dataset", folder=gather([str(tmp_path / "new")], added), commit="1")
+    root = publish(store, draft).version.root
+    reader = Reader(store, cache, deadline=DEADLINE)
+    contents = {"stored": LARGE, "file": LARGE[: 3 * MIB], "web": DATA, "small": DATA[:1000]}
+    for name, expected in contents.items():
+        entry = store.tree.lookup(root, name)
+        assert isinstance(entry, (File, Ref))
+        handle = reader.open(entry, f"e/p/c:v0/{name}")
+        assert read_through(handle) == expected
+        handle.close()
+        assert reader.cached_bytes(entry) == len(expected)
+    server.stop()
+    offline = Reader(store, cache, offline=True)
+    for name, expected in contents.items():
+        entry = store.tree.lookup(root, name)
+        assert isinstance(entry, (File, Ref))
+        assert offline.open(entry).read(100, 100) == expected[100:200]
+    reader.close()
+    offline.close()
+
+
 # Threads
 
 
-def test_mixed_work_in_many_threads(server: FaultServer, store: WebStore, make: Make) -> None:
+@pytest.mark.parametrize("kind", ["ranges", "no ranges", "no cache", "no ranges, no cache", "small cache"])
+def test_mixed_work_in_many_threads(
+    server: FaultServer, store: WebStore, make: Make, cache: BlockCache, tmp_path: Path, kind: str
+) -> None:
     """Sequential and random readers, opening and closing, over a server that cuts and refuses; nothing is left behind."""
-    reader = make()
+    cache = BlockCache(tmp_path / "small", 5 * MIB) if kind == "small cache" else cache
+    reader = make(None if "no cache" in kind else cache)
     entries: list[tuple[File | Ref, bytes]] = [
         (store.add(PATH), DATA),
         (reference(server), DATA),
         (reference(server, "/large"), LARGE),
         (store.add("/small"), DATA[:1000]),
     ]
-    server.faults.status, server.faults.every, server.faults.cut_after = 503, 5, 700 * KIB
+    server.faults.status, server.faults.every = 503, 5
+    server.faults.ranges = "no ranges" not in kind
+    server.faults.cut_after, server.faults.cuts = 700 * KIB, -1 if server.faults.ranges else 3
 
     def work(seed: int) -> int:
         chance = random.Random(seed)
