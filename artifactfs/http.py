@@ -61,6 +61,8 @@ _PIECE = 256 << 10  # at most this much is read at once; what has arrived is pas
 _DRAIN = 64 << 10  # a body up to this size is cheaper to read than its connection to replace
 _POOL = 64  # kept connections a host: more streams than a mount ever has in flight to one
 
+_jitter = random.Random()  # of its own: a program's seeded generator must not depend on the network
+
 _TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 _CONTENT_RANGE = re.compile(r"bytes\s+([0-9]+)-([0-9]+)/([0-9]+|\*)\s*", re.IGNORECASE)
 _SECRET_NAME = re.compile(r"sig|token|key|secret|pass|pwd|credential|auth|session|code|policy", re.IGNORECASE)
@@ -222,7 +224,7 @@ class _Attempts:
         if self._failures == 1:
             return 0.0
         step = min(_BACKOFF * float(2 ** (self._failures - 2)), _BACKOFF_MAX)
-        return step * random.uniform(0.5, 1.0)
+        return step * _jitter.uniform(0.5, 1.0)
 
 
 class _Session(requests.Session):
