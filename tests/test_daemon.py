@@ -131,7 +131,7 @@ def test_mountpoints_that_cannot_be(bikes: World, tmp_path: Path) -> None:
     assert (used / "a").read_bytes() == b"0"
     store.rmdir()
     empty = bikes.directory()
-    with pytest.raises(UsageError, match="the cache .* would be inside"):
+    with pytest.raises(UsageError, match=r"the cache .* would be inside"):
         bikes.start(bikes.request("mount", "acme/vision/bikes:v0", empty, cache_dir=str(empty / "cache")))
 
 
