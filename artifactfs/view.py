@@ -39,6 +39,8 @@ FRESH = 1.0
 """Seconds for which a browsing view may show what it last saw of the store: its mounts' timeouts too."""
 
 ROOT_INO = 1
+LINKS = 1
+"""Also of directories: there it says that their subdirectories are not counted, where 2 would tell `find` that there are none."""
 XATTR = "user.artifactfs."
 
 _REMEMBERED = 2048  # entries by path: a look-up is mostly followed by an open of it or a look-up beside it; about 1 MB
@@ -231,8 +233,7 @@ class VersionView:
     def _attributes(self, path: str, entry: Entry) -> Attributes:
         size = self._size(entry)
         ino = _ino((self._within + path[1:]).rstrip("/"))
-        links = 2 if isinstance(entry, Dir) else 1
-        return Attributes(_mode(entry), ino, links, *self._owner, size, -(-size // 512), self._time, self._time, self._time)
+        return Attributes(_mode(entry), ino, LINKS, *self._owner, size, -(-size // 512), self._time, self._time, self._time)
 
     def _size(self, entry: Entry) -> int:
         if isinstance(entry, File):
@@ -437,7 +438,7 @@ class BrowseView:
     def _attributes(self, parts: tuple[str, ...], mode: int, size: int) -> Attributes:
         moment = nanoseconds(self._collection(parts[:3]).updated_at) if len(parts) >= 3 else self._started
         ino = ROOT_INO if parts == self._parts else _ino("/".join(parts))
-        return Attributes(mode, ino, 2 if stat.S_ISDIR(mode) else 1, *self._owner, size, 0, moment, moment, moment)
+        return Attributes(mode, ino, LINKS, *self._owner, size, 0, moment, moment, moment)
 
 
 class _Section:
@@ -494,7 +495,7 @@ class DiffView:
 
     def getattr(self, path: str) -> Attributes:
         if path == "/":
-            return Attributes(stat.S_IFDIR | 0o555, ROOT_INO, 2, *self._owner, 0, 0, self._time, self._time, self._time)
+            return Attributes(stat.S_IFDIR | 0o555, ROOT_INO, LINKS, *self._owner, 0, 0, self._time, self._time, self._time)
         view, below, _ = self._locate(path)
         return view.getattr(below)
 
