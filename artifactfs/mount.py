@@ -38,7 +38,7 @@ from cachetools import TTLCache
 from artifactfs import mountpoint
 from artifactfs.errors import ArtifactFSError, MountError
 from artifactfs.model import Attributes, Space
-from artifactfs.view import DirItem, FileTree
+from artifactfs.view import FileTree
 
 
 def _find_libfuse() -> None:
@@ -312,11 +312,13 @@ class _Loop:
 class _Stream:
     """A directory being read: its items with the offset after each, which libfuse hands back to go on from there.
 
+    ``dots`` are the inode numbers of ``.`` and ``..``, not 0: the C library passes over an item whose number is 0.
     An open directory that can change is read whole when it is first asked for, so that offsets stay true meanwhile.
     """
 
-    def __init__(self, items: Callable[[], Iterable[tuple[str, int, int]]], snapshot: bool) -> None:
+    def __init__(self, items: Callable[[], Iterable[tuple[str, int, int]]], dots: tuple[int, int], snapshot: bool) -> None:
         self._items = items
+        self._dots = [(name, stat.S_IFDIR, ino) for name, ino in zip((".", ".."), dots, strict=True)]
         self._snapshot = snapshot
         self._at = 0
         self._rest: Iterator[tuple[str, int, int]] = iter(())
@@ -337,8 +339,7 @@ class _Stream:
 
     def _restart(self, offset: int) -> None:
         items = self._items()
-        dots = (DirItem(".", stat.S_IFDIR, 0), DirItem("..", stat.S_IFDIR, 0))
-        self._rest = itertools.islice(itertools.chain(dots, list(items) if self._snapshot else items), offset, None)
+        self._rest = itertools.islice(itertools.chain(self._dots, list(items) if self._snapshot else items), offset, None)
         self._at = offset
         self._waiting = None
 
@@ -401,8 +402,9 @@ class _Reading:
 
     def opendir(self, path: bytes, info: Any) -> None:
         where = _decode(path)
+        dots = (self._tree.getattr(where).ino, self._tree.getattr(os.path.dirname(where)).ino)
         number = next(self._numbers)
-        self._streams[number] = _Stream(lambda: self._tree.readdir(where), self._snapshots)
+        self._streams[number] = _Stream(lambda: self._tree.readdir(where), dots, self._snapshots)
         info.contents.fh = number
 
     def readdir(self, path: None, buffer: Any, fill: Any, offset: int, info: Any) -> None:

@@ -81,6 +81,9 @@ def test_what_is_there(world: World, mounted: Path) -> None:
         for path in [mounted / name]
     }
     assert os.stat(mounted).st_ino == 1
+    assert run("ls", "-a", mounted / "void").split() == [".", ".."]
+    dots = [str(path.stat().st_ino) for path in (mounted / "data", mounted)]
+    assert run("ls", "-ai1", mounted / "data").split()[:4] == [dots[0], ".", dots[1], ".."]
 
 
 def test_programs_that_read_in_their_own_way(world: World, mounted: Path, tmp_path: Path) -> None:
@@ -398,7 +401,7 @@ def test_what_an_operation_raises_is_an_errno(caplog: pytest.LogCaptureFixture) 
 
 def test_a_directory_stream_goes_on_where_it_stopped() -> None:
     items = [(f"n{number}", stat.S_IFREG, number) for number in range(10)]
-    stream = adapter._Stream(lambda: iter(items), snapshot=False)
+    stream = adapter._Stream(lambda: iter(items), (1, 1), snapshot=False)
     seen: list[str] = []
     offset = 0
     for room in (1, 3, 1, 5, 100, 100):  # entries that fit into each answer

@@ -248,6 +248,7 @@ def test_system_calls(staged: Path) -> None:
     os.rename(staged / "data", staged / "moved")
     assert (staged / "moved/big").stat().st_size == 256 * 8000
     (staged / "moved/sub").mkdir()
+    assert run("ls", "-a", staged / "moved/sub").split() == [".", ".."]
     for act, expected in (
         (lambda: os.rmdir(staged / "moved"), errno.ENOTEMPTY),
         (lambda: os.rename(staged / "moved", staged / "moved/sub/in"), errno.EINVAL),
