@@ -120,7 +120,7 @@ class Reader:
         if isinstance(entry, File):
             local = self.store.local_content(entry)
             if local is not None:
-                return _StoredHandle(entry.size, local)
+                return _StoredHandle(entry.size, local, where)
         elif is_local(entry):
             return _LocalHandle(self, entry, where or entry.uri)
         else:
@@ -726,12 +726,16 @@ class _RemoteHandle:
 class _StoredHandle:
     """Content of a local store, which checks its blocks itself."""
 
-    def __init__(self, size: int, content: LocalContent) -> None:
+    def __init__(self, size: int, content: LocalContent, where: str) -> None:
         self.size = size
         self._content = content
+        self._where = where
 
     def read(self, offset: int, size: int) -> bytes:
-        return self._content.read(offset, size)
+        try:
+            return self._content.read(offset, size)
+        except IntegrityError as error:
+            raise IntegrityError(f"{self._where}: {error}" if self._where else str(error)) from None
 
     def close(self) -> None:
         self._content.close()
