@@ -6,10 +6,13 @@ import errno
 import functools
 import os
 import signal
+import stat
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+import pytest
 
 from artifactfs.pack import PackWriter
 from artifactfs.store import upload
@@ -78,3 +81,49 @@ def small_packs(target: int = 20_000) -> Iterator[None]:
         yield
     finally:
         upload.PackWriter = PackWriter  # type: ignore[misc]
+
+
+class Journal:
+    """Follows what is durable: an inode's bytes once it is fsync'd, a name once its directory is."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.synced: dict[tuple[int, int], tuple[int, int]] = {}
+        self.pending: set[str] = set()
+        self.problems: list[str] = []
+        self.events: list[str] = []
+        real = {name: getattr(os, name) for name in ("fsync", "rename", "link", "mkdir")}
+
+        def fsync(fd: int) -> None:
+            real["fsync"](fd)
+            status = os.fstat(fd)
+            if stat.S_ISDIR(status.st_mode):
+                directory = os.readlink(f"/proc/self/fd/{fd}")
+                self.pending = {path for path in self.pending if os.path.dirname(path) != directory}
+                self.events.append(f"sync {directory}/")
+            else:
+                self.synced[status.st_dev, status.st_ino] = (status.st_size, status.st_mtime_ns)
+
+        def placed(source: str, target: str) -> None:
+            status = os.stat(source)
+            if self.synced.get((status.st_dev, status.st_ino)) != (status.st_size, status.st_mtime_ns):
+                self.problems.append(f"{target} got its name before its bytes were durable")
+            if "/versions/" in target:
+                self.problems += [f"{path} was not durable when the version appeared" for path in sorted(self.pending)]
+            self.events.append(f"name {target}")
+
+        def rename(source: str, target: str) -> None:
+            placed(source, target)
+            real["rename"](source, target)
+            self.pending.add(target)
+
+        def link(source: str, target: str) -> None:
+            placed(source, target)
+            real["link"](source, target)
+            self.pending.add(target)
+
+        def mkdir(path: str, mode: int = 0o777) -> None:
+            real["mkdir"](path, mode)
+            self.pending.add(path)
+
+        for name, wrapped in {"fsync": fsync, "rename": rename, "link": link, "mkdir": mkdir}.items():
+            monkeypatch.setattr(os, name, wrapped)

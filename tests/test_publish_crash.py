@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from commits import NAME, commit, contents, draft, file_at, fork, leftovers, new_file, nothing_leaks, problems
 from shelves import write_files
-from steps import FailFrom, die_at, small_packs, steps
+from steps import FailFrom, Journal, die_at, small_packs, steps
 
 from artifactfs.errors import ArtifactFSError, NotFoundError, ReadOnlyError, StorageFullError
 from artifactfs.folders import MadeFolder
@@ -148,6 +148,22 @@ def test_killed_before_every_step(scenario: Scenario, memory: Path) -> None:
             assert step > 40, "the steps were counted"
             return
     raise AssertionError(f"more than {MAX_STEPS} steps")
+
+
+def test_everything_is_durable_before_the_version_appears(
+    scenario: Scenario, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the version is before it is acknowledged."""
+    store = fresh(scenario, tmp_path / "synced")
+    made = scenario.draft(store)
+    journal = Journal(monkeypatch)
+    publish(store, made)
+    assert journal.problems == [] and journal.pending == set()
+    named = [event.split()[-1].removeprefix(store.url) for event in journal.events if event.startswith("name")]
+    kinds = [next(kind for kind in ("store.json", "packs", "blobs", "versions", "collection.json") if kind in it) for it in named]
+    order = {"store.json": 0, "packs": 1, "blobs": 1, "versions": 2, "collection.json": 3}
+    assert [order[kind] for kind in kinds] == sorted(order[kind] for kind in kinds)
+    assert kinds.count("packs") >= 2 and kinds.count("blobs") == 1 and kinds.count("versions") == 1
 
 
 CLASSES = {errno.ENOSPC: StorageFullError, errno.EROFS: ReadOnlyError, errno.EIO: ArtifactFSError, errno.EDQUOT: StorageFullError}

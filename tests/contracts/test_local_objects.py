@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from steps import Journal
 
 from artifactfs.errors import ArtifactFSError, IntegrityError, NotPermittedError, StoreFormatError
 from artifactfs.objects import ABSENT
@@ -21,52 +21,6 @@ PACK = "packs/ab/" + "ab" * 16
 @pytest.fixture
 def objects(tmp_path: Path) -> LocalObjects:
     return LocalObjects(tmp_path / "store")
-
-
-class Journal:
-    """Follows what is durable: an inode's bytes once it is fsync'd, a name once its directory is."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.synced: dict[tuple[int, int], tuple[int, int]] = {}
-        self.pending: set[str] = set()
-        self.problems: list[str] = []
-        self.events: list[str] = []
-        real = {name: getattr(os, name) for name in ("fsync", "rename", "link", "mkdir")}
-
-        def fsync(fd: int) -> None:
-            real["fsync"](fd)
-            status = os.fstat(fd)
-            if stat.S_ISDIR(status.st_mode):
-                directory = os.readlink(f"/proc/self/fd/{fd}")
-                self.pending = {path for path in self.pending if os.path.dirname(path) != directory}
-                self.events.append(f"sync {directory}/")
-            else:
-                self.synced[status.st_dev, status.st_ino] = (status.st_size, status.st_mtime_ns)
-
-        def placed(source: str, target: str) -> None:
-            status = os.stat(source)
-            if self.synced.get((status.st_dev, status.st_ino)) != (status.st_size, status.st_mtime_ns):
-                self.problems.append(f"{target} got its name before its bytes were durable")
-            if "/versions/" in target:
-                self.problems += [f"{path} was not durable when the version appeared" for path in sorted(self.pending)]
-            self.events.append(f"name {target}")
-
-        def rename(source: str, target: str) -> None:
-            placed(source, target)
-            real["rename"](source, target)
-            self.pending.add(target)
-
-        def link(source: str, target: str) -> None:
-            placed(source, target)
-            real["link"](source, target)
-            self.pending.add(target)
-
-        def mkdir(path: str, mode: int = 0o777) -> None:
-            real["mkdir"](path, mode)
-            self.pending.add(path)
-
-        for name, wrapped in {"fsync": fsync, "rename": rename, "link": link, "mkdir": mkdir}.items():
-            monkeypatch.setattr(os, name, wrapped)
 
 
 def test_a_name_appears_after_its_bytes_and_is_durable_at_the_end(objects: LocalObjects, monkeypatch: pytest.MonkeyPatch) -> None:
