@@ -85,6 +85,7 @@ def random_reads(bench: Bench, quick: bool) -> None:
         bench.pair(
             "4 KiB random reads, cold, 4 readers", lambda: rate(ours, 4), lambda: rate(plain, 4), "reads/s", runs, drop_caches
         )
+        rate(ours, 4), rate(plain, 4)
         bench.pair("4 KiB random reads, again, 4 readers", lambda: rate(ours, 4), lambda: rate(plain, 4), "reads/s", runs)
 
 
@@ -104,6 +105,7 @@ def small_files(bench: Bench, quick: bool) -> None:
 
     with bench.mounted("small:latest") as mount:
         bench.pair("2,000 small files, cold, 8 threads", lambda: rate(mount), lambda: rate(plain), "files/s", runs, drop_caches)
+        rate(mount), rate(plain)
         bench.pair("2,000 small files, again, 8 threads", lambda: rate(mount), lambda: rate(plain), "files/s", runs)
 
 
@@ -124,6 +126,7 @@ def listing(bench: Bench, quick: bool) -> None:
     runs = 1 if quick else 3
     with bench.mounted("many:latest") as mount:
         bench.pair("find over 100,000 files, cold", lambda: rate(mount), lambda: rate(plain), "files/s", runs, drop_caches)
+        rate(mount), rate(plain)
         bench.pair("find over 100,000 files, again", lambda: rate(mount), lambda: rate(plain), "files/s", runs)
 
 
