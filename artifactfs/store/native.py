@@ -442,9 +442,8 @@ class NativeStore:
         if version.qualified_name != f"{name.path}:v{number}":
             raise IntegrityError(f"{key} in {self.url} says that it is {version.qualified_name}")
         try:
-            for time in (version.created_at, version.updated_at, version.deleted_at):
-                if time or time is not version.deleted_at:
-                    seconds(time)
+            for time in (version.created_at, version.updated_at, version.deleted_at or version.created_at):
+                seconds(time)
         except ValueError:
             raise IntegrityError(f"{key} in {self.url} has a time that is none") from None
         return version, etag

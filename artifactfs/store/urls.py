@@ -17,13 +17,16 @@ def open_store(url: str) -> NativeStore:
     StoreFormatError for another format or a newer version, UsageError for a scheme that is not known.
     """
     scheme = scheme_of(url)
+    path = url
     if scheme == "file":
         parts = urllib.parse.urlsplit(url)
-        if parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
+        path = urllib.parse.unquote(parts.path)
+        if parts.netloc not in ("", "localhost") or not path.startswith("/"):
             raise UsageError(f"store {url!r} is not a local file URL; write file:///absolute/path")
-        return NativeStore(LocalObjects(Path(urllib.parse.unquote(parts.path))))
-    if "://" in url:
+    elif "://" in url:
         raise UsageError(f"store {url!r} has the scheme {scheme!r}, which is not known; use a path or file:///path")
-    if not url:
+    if not path:
         raise UsageError("the store's path is empty; set ARTIFACTFS_STORE or --store to a path")
-    return NativeStore(LocalObjects(Path(url)))
+    if "\0" in path:
+        raise UsageError(f"store {url!r} contains a NUL byte, which no path can")
+    return NativeStore(LocalObjects(Path(path)))
