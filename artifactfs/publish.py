@@ -37,13 +37,18 @@ from artifactfs.tree import EMPTY, DirUpdate, Tree, forget_page
 __all__ = ["Change", "Draft", "Folder", "NewFile", "NewRef", "Progress", "Published", "Report", "build_digest", "publish"]
 
 
+DEFAULT_TYPE = "dataset"
+"""The type of a new collection that was given none, as with W&B's ``artifact put``."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Draft:
     """All that a new version is made from. ``commit`` is a unique id of this commit, kept over its retries.
 
-    ``type`` "" means the collection's own. ``aliases`` are set besides ``latest``. ``expect_base``: fail with a ConflictError
-    unless the collection's newest version is this number (-1: unless it has none); None: no condition. ``base`` is the number
-    of the version it was derived from, for the record. ``retry``: an earlier attempt at this commit may have made its version.
+    ``type`` "" means the collection's own, and for a new one :data:`DEFAULT_TYPE`. ``aliases`` are set besides ``latest``.
+    ``expect_base``: fail with a ConflictError unless the collection's newest version is this number (-1: unless it has none);
+    None: no condition. ``base`` is the number of the version it was derived from, for the record. ``retry``: an earlier attempt
+    at this commit may have made its version.
     """
 
     name: ArtifactName
@@ -170,9 +175,7 @@ def _type(store: NativeStore, draft: Draft) -> str:
     try:
         known = store.collection(draft.name).type
     except NotFoundError:
-        if not draft.type:
-            raise UsageError(f"{draft.name.path} is new, so it needs a type: give --type, such as dataset or model") from None
-        return draft.type
+        return draft.type or DEFAULT_TYPE
     if draft.type and draft.type != known:
         raise UsageError(
             f"{draft.name.path} already exists with type {known!r}, not {draft.type!r}; use that type or another name"

@@ -420,10 +420,8 @@ def _check_type(given: str, store: Store, name: ArtifactName) -> None:
     try:
         known = store.collection(name).type
     except NotFoundError:
-        known = ""
-    if not known and not given:
-        raise UsageError(f"{name.path} is new, so it needs a type: give --type, such as dataset or model")
-    if known and given and known != given:
+        return
+    if given and known != given:
         raise UsageError(f"{name.path} already exists with type {known!r}, not {given!r}; use that type or another name")
 
 

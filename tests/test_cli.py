@@ -172,9 +172,9 @@ def test_exit_codes(afs: Program, logged: str, tmp_path: Path) -> None:
     assert afs("log", logged, tmp_path / "missing", code=3).err.count("\n") == 1
 
 
-def test_unknown_type_of_new_collection(afs: Program, folder: Path) -> None:
-    assert "needs a type" in afs("log", "a/b/c", folder, code=2).err
-    afs("log", "a/b/c", folder, "--type", "dataset")
+def test_type_of_a_new_collection(afs: Program, folder: Path) -> None:
+    afs("log", "a/b/c", folder)
+    assert afs("info", "a/b/c", "--json").document["type"] == "dataset"
     assert "already exists with type 'dataset'" in afs("log", "a/b/c", folder, "--type", "model", code=2).err
     assert afs("log", "a/b/c", folder).lines == ["a/b/c:v0"]
 

@@ -191,7 +191,6 @@ def test_stage_discard(afs: Program, logged: str, place: Path, isolated_home: Pa
 
 
 def test_stage_of_something_new(afs: Program, place: Path) -> None:
-    assert "needs a type" in afs("stage", "a/b/c", place, code=2).err
     afs("stage", "a/b/c", place, "--type", "model", "--base", "none")
     (place / "weights").write_bytes(b"1")
     assert afs("unmount", place).out == "a/b/c:v0\n"

@@ -54,7 +54,7 @@ def draft_options(function: _Function) -> _Function:
     """The options that describe a new version."""
     for option in reversed(
         [
-            click.option("--type", "kind", default="", metavar="T", help="The type of a new collection, such as dataset."),
+            click.option("--type", "kind", default="", metavar="T", help="The type of a new collection; dataset if not given."),
             click.option("--alias", "aliases", multiple=True, metavar="A", help="Also give this alias. Repeatable."),
             click.option("--tag", "tags", multiple=True, metavar="T", help="Give this tag. Repeatable."),
             click.option("--description", metavar="TEXT", help="What is in it."),
