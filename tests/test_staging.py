@@ -836,6 +836,15 @@ def test_a_journal_of_another_format_is_refused(place: Place) -> None:
         Stage.resume(stage.path, place.store, place.reader)
 
 
+@pytest.mark.parametrize("record", [[("k", 99, [1])], [("d", 1, "x", 77, 0)], [("?",)], [("t",)]])
+def test_a_journal_that_contradicts_itself_is_refused(place: Place, record: list[tuple[Any, ...]]) -> None:
+    stage = place.begin()
+    stage._ledger.journal.append(record)
+    abandon(stage)
+    with pytest.raises(StoreFormatError, match="damaged"):
+        Stage.resume(stage.path, place.store, place.reader)
+
+
 def test_an_interrupted_truncation_is_finished(place: Place) -> None:
     stage = place.based(f=BIG)
     with opened(stage, "/f") as fh:

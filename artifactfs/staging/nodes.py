@@ -521,7 +521,7 @@ class Namespace:
         links = directory.links if directory.base_dirs is not None else None
         base = _decode_entry(entry)
         assert isinstance(base, Dir)
-        directory.base = base
+        directory.set_base(base)
         directory.masked = dict(masked)
         directory.masked_dirs = sum(kind == 2 for _, kind in masked)
         for name in [name for name, child in directory.children.items() if child is None and name not in directory.masked]:
@@ -529,7 +529,8 @@ class Namespace:
         for name in directory.masked:
             directory.children.setdefault(name, None)
         directory.whiteouts = sum(child is None for child in directory.children.values())
-        directory.base_dirs = None if links is None else links - 2 + directory.masked_dirs - directory.dirs
+        if links is not None:
+            directory.base_dirs = links - 2 + directory.masked_dirs - directory.dirs
 
     def _stored(self, ino: int, entry: bytes, visible: int, dirty: list[int]) -> None:
         stored = _decode_entry(entry)

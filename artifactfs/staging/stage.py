@@ -32,7 +32,7 @@ from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 import msgspec
 
 from artifactfs.content import check_algorithm
-from artifactfs.errors import from_os_error
+from artifactfs.errors import ArtifactFSError, StoreFormatError, from_os_error
 from artifactfs.model import Attributes, Dir, Entry, Ref, Space, Version, reference_key
 from artifactfs.names import LATEST, check_metadata, check_new_alias, check_tags, check_type
 from artifactfs.publish import Draft, Published, Report, publish
@@ -184,12 +184,7 @@ class Stage:
         """
         found = StageDirectory(directory)
         try:
-            spec = found.read_spec()
-            space = Namespace()
-            for record in replay(found.fd):
-                space.apply(record)
-            space.drop_unlinked()
-            return cls(found, spec, store, reader, space)
+            return cls(found, found.read_spec(), store, reader, _replayed(found))
         except OSError as error:
             found.close()
             raise from_os_error(error, f"resuming stage {directory}") from error
@@ -379,16 +374,16 @@ class Stage:
             raise os_error(errno.EBUSY)
         source, target = self._parent(old), self._parent(new)
         node = self._existing(*source)
+        if not node.nlink:
+            raise os_error(errno.ENOENT)
         if isinstance(node, FileNode) and node.open and HIDDEN.fullmatch(target[1]):
             self._hide(node, source, target)
             return
         other = self._child(*target)
         _check_name(target[1])
-        _check_rename(node, other, target[0], flags)
+        _check_rename(node, source[0], other, target[0], flags)
         if flags & RENAME_EXCHANGE:
             assert other is not None
-            if isinstance(other, DirNode) and source[0].within(other):
-                raise os_error(errno.EINVAL)
             self._exchange(node, source, other, target)
         elif other is not node:
             self._move(node, source, other, target)
@@ -400,10 +395,10 @@ class Stage:
         """A hard link. In a version the two are two files, whose content is stored once."""
         node = self._node(old)
         directory, name = self._parent(new)
-        if isinstance(node, DirNode):
-            raise os_error(errno.EPERM)
         if self._child(directory, name) is not None:
             raise os_error(errno.EEXIST)
+        if isinstance(node, DirNode):
+            raise os_error(errno.EPERM)
         _check_name(name)
         if not node.nlink:
             raise os_error(errno.ENOENT)
@@ -434,10 +429,11 @@ class Stage:
     def utimens(self, path: str, atime_ns: int | None, mtime_ns: int | None) -> None:
         """Set times in ns since the epoch; None leaves one as it is."""
         node = self._node(path)
+        atime = node.atime if atime_ns is None else _storable(atime_ns)
+        mtime = node.mtime if mtime_ns is None else _storable(mtime_ns)
         if isinstance(node, FileNode) and node.data and mtime_ns is not None:
-            self._data.utime(node.data, node.atime if atime_ns is None else atime_ns, mtime_ns)
-        atime = node.atime if atime_ns is None else atime_ns
-        self._set_attributes(node, atime=atime, mtime=node.mtime if mtime_ns is None else mtime_ns)
+            self._data.utime(node.data, atime, mtime)
+        self._set_attributes(node, atime=atime, mtime=mtime)
 
     @_changing
     def setxattr(self, path: str, name: str, value: bytes, flags: int = 0) -> None:
@@ -814,6 +810,22 @@ def _new_namespace(spec: StageSpec, base: Version | None) -> Namespace:
     return space
 
 
+def _replayed(directory: StageDirectory) -> Namespace:
+    """What the journal in ``directory`` says. StoreFormatError if it contradicts itself."""
+    space = Namespace()
+    try:
+        for record in replay(directory.fd):
+            space.apply(record)
+        space.drop_unlinked()
+    except (KeyError, TypeError, ValueError, AssertionError) as error:
+        if isinstance(error, ArtifactFSError):
+            raise
+        raise StoreFormatError(
+            f"the journal of stage {directory.path} is damaged ({error!r}); what was written is in {directory.path}/data"
+        ) from error
+    return space
+
+
 def _nanoseconds(moment: str) -> int:
     """Nanoseconds since the epoch of a version's time; 0 for text that is none."""
     try:
@@ -854,14 +866,16 @@ def _encoded(text: str, what: str) -> bytes:
         raise os_error(errno.EILSEQ) from None
 
 
-def _check_rename(node: Node, other: Node | None, new_dir: DirNode, flags: int) -> None:
-    """OSError where POSIX forbids ``node`` to become what ``other`` is in ``new_dir``."""
+def _check_rename(node: Node, old_dir: DirNode, other: Node | None, new_dir: DirNode, flags: int) -> None:
+    """OSError where POSIX forbids ``node`` in ``old_dir`` to become what ``other`` is in ``new_dir``, in Linux's order."""
     if flags & RENAME_NOREPLACE and other is not None:
         raise os_error(errno.EEXIST)
     if flags & RENAME_EXCHANGE and other is None:
         raise os_error(errno.ENOENT)
     if isinstance(node, DirNode) and new_dir.within(node):
         raise os_error(errno.EINVAL)
+    if isinstance(other, DirNode) and old_dir.within(other):
+        raise os_error(errno.EINVAL if flags & RENAME_EXCHANGE else errno.ENOTEMPTY)
     if other is None or flags & RENAME_EXCHANGE:
         return
     if isinstance(other, DirNode):
@@ -896,6 +910,11 @@ def _inherited(directory: DirNode, owner: tuple[int, int], mode: int, is_dir: bo
     if uid and gid != directory.gid and mode & 0o2010 == 0o2010:
         mode &= ~stat.S_ISGID
     return uid, directory.gid, mode
+
+
+def _storable(time: int) -> int:
+    """A time in ns as the journal can hold it: from 1677 to 2262."""
+    return max(-(1 << 63), min(time, (1 << 63) - 1))
 
 
 def _xattr_name(name: str) -> bytes:
