@@ -15,6 +15,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import msgspec
+
 from artifactfs.content import EMPTY_ID, Checksum
 from artifactfs.errors import ArtifactFSError, IntegrityError, NotFoundError
 from artifactfs.model import BLOCK, Dir, Entry, File, Page, Ref, Version
@@ -135,7 +137,7 @@ def check_version(
                 trouble = _attempt(lambda ref: store.block_list(ref) and None, entry)
                 if trouble:
                     yield Problem(version.qualified_name, path, trouble)
-            elif isinstance(entry, File) and _first(done, entry.id, entry.extents, entry.blocks, entry.table, entry.checksum):
+            elif isinstance(entry, File) and _first(done, msgspec.structs.replace(entry, name="", executable=False)):
                 window.append((path, entry, pool.submit(_attempt, lambda file: _read_all(store, file), entry)))
                 if len(window) > _AHEAD:
                     yield from _result(version, *window.popleft(), checked, report)
@@ -182,7 +184,7 @@ def _sound_entries(tree: Tree, root: Dir, done: set[int]) -> Iterator[tuple[str,
     pending: list[tuple[str, Dir]] = [("", root)]
     while pending:
         path, directory = pending.pop()
-        if not _first(done, directory.page, directory.digest):
+        if not _first(done, msgspec.structs.replace(directory, name="")):
             continue
         rebuilt = DirBuilder(forget_page)
         try:
@@ -199,9 +201,9 @@ def _sound_entries(tree: Tree, root: Dir, done: set[int]) -> Iterator[tuple[str,
             yield path, str(error)
 
 
-def _first(done: set[int], *key: object) -> bool:
-    """Whether ``key`` is not in ``done``, to which it is added. Hashes will do: at worst something is checked in another run."""
-    seen = hash(key)
+def _first(done: set[int], entry: Entry) -> bool:
+    """Whether ``entry`` is not in ``done``, to which it is added. Hashes will do: at worst it is checked in another run."""
+    seen = hash(entry)
     if seen in done:
         return False
     if len(done) >= _MAX_DONE:
