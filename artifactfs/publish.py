@@ -17,7 +17,7 @@ import msgspec
 
 from artifactfs.content import check_algorithm
 from artifactfs.errors import ConflictError, IntegrityError, NotFoundError, UsageError
-from artifactfs.model import BLAKE3, MAX_TTL, Collection, Dir, Entry, Page, Version
+from artifactfs.model import BLAKE3, MAX_TTL, Collection, Dir, Entry, File, Page, Version
 from artifactfs.names import (
     LATEST,
     ArtifactName,
@@ -48,7 +48,8 @@ class Draft:
     ``type`` "" means the collection's own, and for a new one :data:`DEFAULT_TYPE`. ``aliases`` are set besides ``latest``.
     ``expect_base``: fail with a ConflictError unless the collection's newest version is this number (-1: unless it has none);
     None: no condition. ``base`` is the number of the version it was derived from, for the record. ``retry``: an earlier attempt
-    at this commit may have made its version.
+    at this commit may have made its version. ``stored`` are contents, by
+    id, that were stored ahead of this commit and are there.
     """
 
     name: ArtifactName
@@ -65,6 +66,7 @@ class Draft:
     base: int | None = None
     expect_base: int | None = None
     retry: bool = False
+    stored: Mapping[bytes, File] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -88,7 +90,7 @@ def publish(store: NativeStore, draft: Draft, report: Report | None = None) -> P
     kind, newest = _fitting(store, draft)
     encode_record(_version(draft, kind, 0, EMPTY, ""))  # what cannot be stored is refused before anything is
     store.ensure_format()
-    upload = Upload(store, newest, draft.algorithm, report)
+    upload = Upload(store, newest, draft.algorithm, report, draft.stored)
     try:
         with _base_explained(store, draft):
             root = upload.build(draft.folder)

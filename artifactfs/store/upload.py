@@ -10,15 +10,12 @@ the same place.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import errno
 import os
-import stat
 from array import array
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import NoneType
 from typing import Protocol, TypeAlias, TypeVar
@@ -26,21 +23,22 @@ from typing import Protocol, TypeAlias, TypeVar
 import msgspec
 from blake3 import blake3
 
-from artifactfs.content import Checksum, Fingerprint, block_digest, content_id, fingerprint
-from artifactfs.errors import ConflictError, InvalidNameError, UsageError, from_os_error
-from artifactfs.model import BLAKE3, BLOCK, Dir, Entry, File, Page, Ref, Symlink, Version, named
+from artifactfs.content import Fingerprint
+from artifactfs.errors import InvalidNameError
+from artifactfs.model import BLAKE3, Dir, Entry, File, Page, Ref, Symlink, Version, named
 from artifactfs.names import check_part
 from artifactfs.pack import PackWriter
-from artifactfs.store.large import LargeContent
 from artifactfs.store.native import NativeStore
+from artifactfs.store.storing import NewFile, Storing, read_batch
 from artifactfs.tree import MAX_ENTRY_WEIGHT, DirUpdate, Tree, weight
+
+__all__ = ["Change", "Folder", "Index", "NewFile", "NewRef", "Progress", "Report", "Upload", "check_entry"]
 
 _BATCH = 16
 """Files that a worker reads at a time: a future costs about as much as a small file does."""
 _WORKERS = max(2, min(8, os.cpu_count() or 2))
 _AHEAD = 2 * _WORKERS
 """Batches and segments under way: bounds memory to so many times 16 MiB at worst."""
-_SEGMENT = 4 << 20
 _MAX_WINDOW = 4096
 """Steps of the walk looked at ahead, where there are no files to read."""
 _RUN = 1 << 20
@@ -48,24 +46,6 @@ _RUN = 1 << 20
 _PREFIX_SHIFT = 36
 _PLACE_BITS = 12
 """No page of ours has more entries than this numbers: each weighs 256 bytes at least, and a page 960 KiB at most."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class NewFile:
-    """A local file to store. ``path`` is read once, while the commit runs; one that changes meanwhile fails the commit with a
-    ConflictError that names it.
-
-    ``base``, ``changed`` and ``read_base``: where only some blocks differ from a stored file, ``changed`` are the numbers of the
-    blocks that must be read from ``path``, which has the new size; all others are those of ``base``, whose bytes need not be in
-    ``path``. Blocks that ``base`` has not, or not whole, are in ``changed``. ``read_base(offset, size)`` gives bytes of ``base``,
-    for digests that need them all.
-    """
-
-    path: str
-    executable: bool
-    base: File | None = None
-    changed: frozenset[int] = frozenset()
-    read_base: Callable[[int, int], bytes] | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -131,7 +111,15 @@ class _Level:
 class Upload:
     """One commit's stored contents and pages. For one thread; use it once, then :meth:`close`."""
 
-    def __init__(self, store: NativeStore, newest: Version | None, algorithm: str = BLAKE3, report: Report | None = None) -> None:
+    def __init__(
+        self,
+        store: NativeStore,
+        newest: Version | None,
+        algorithm: str = BLAKE3,
+        report: Report | None = None,
+        stored: Mapping[bytes, File] | None = None,
+    ) -> None:
+        """``stored``: contents by id that are stored already, though no version has them."""
         self._store = store
         self._newest = newest.root if newest else None
         self._algorithm = algorithm
@@ -140,8 +128,9 @@ class Upload:
         self._contents = PackWriter(store.objects)
         self._pages = PackWriter(store.objects)
         self._pool = ThreadPoolExecutor(_WORKERS, thread_name_prefix="upload")
-        self._stored: dict[bytes, File] = {}
-        self._index = _Index(store.tree, self._newest)
+        self._stored = dict(stored or {})
+        self._index = Index(store.tree, self._newest)
+        self._storing = Storing(store, self._contents, self._pool, _AHEAD, algorithm, self._stored, self._find, self._count)
         self._ahead = _Ahead(iter(()), self._pool, algorithm)
 
     def build(self, folder: Folder) -> Dir:
@@ -191,13 +180,13 @@ class Upload:
         if not isinstance(change, NewFile):
             return None
         if change.base is not None:
-            return self._patched(change, change.base)
+            return self._storing.patched(change, change.base)
         small = self._ahead.result(token)
         prior = self._twin(level, token.name, File)
         if small is None:
-            return self._large(change, prior)
+            return self._storing.large(change, prior)
         data, found = small
-        return self._small(change, data, found, prior)
+        return self._storing.small(change, data, found, prior)
 
     def _reference(self, ref: Ref, block_list: bytes, prior: Ref | None) -> Ref:
         """The reference with its block list stored, where it has one."""
@@ -206,71 +195,8 @@ class Upload:
         known = prior.blocks if prior is not None and prior.id == ref.id else None
         return msgspec.structs.replace(ref, blocks=known or self._contents.add(block_list))
 
-    def _small(self, new: NewFile, data: bytes, found: Fingerprint, prior: File | None) -> File:
-        known = prior if prior is not None and prior.id == found.id else self._known(found.id) if data else None
-        if known is None and data:
-            known = self._stored[found.id] = File("", len(data), False, found.id, (self._contents.add(data),))
-            self._progress.stored += len(data)
-        self._count(1, len(data))
-        return _placed(found, new.executable, known if data else None)
-
-    def _patched(self, new: NewFile, base: File) -> File:
-        """A staged file of which only some blocks are local."""
-        with _opened(new.path) as (fd, size):
-            if size > BLOCK:
-                return self._store_large(new, fd, size, base, new.changed)
-            local = 0 in new.changed or not size
-            data = _pread(fd, size, 0, new.path) if local else _read_base(new, 0, size)
-        return self._small(new, data, fingerprint(data, self._algorithm), None)
-
-    def _large(self, new: NewFile, prior: File | None) -> File:
-        with _opened(new.path) as (fd, size):
-            return self._store_large(new, fd, size, prior, None)
-
-    def _store_large(self, new: NewFile, fd: int, size: int, prior: File | None, changed: frozenset[int] | None) -> File:
-        """``changed``: the blocks to read, None for all; the others are those of ``prior``."""
-        content = LargeContent(self._store, prior)
-        checksum = Checksum(self._algorithm)
-        try:
-            for start, data, digests in self._segments(new.path, fd, size, changed):
-                if data is None:
-                    length = min(BLOCK, size - start)
-                    content.keep(length)
-                    if checksum.needed:
-                        checksum.update(_read_base(new, start, length))
-                    continue
-                checksum.update(data)
-                for at, digest in enumerate(digests):
-                    content.take(memoryview(data)[at * BLOCK : (at + 1) * BLOCK], digest)
-                self._count(0, len(data))
-            id = content_id(size, bytes(content.digests))
-            found = Fingerprint(id, size, bytes(content.digests), self._algorithm, checksum.finish())
-            known = prior if prior is not None and prior.id == id else self._known(id)
-            if known is None:
-                extents, table = content.finish(self._contents)
-                blocks = self._contents.add(found.blocks)
-                known = self._stored[id] = File("", size, False, id, extents, blocks, table=table)
-                self._progress.stored += content.written
-        finally:
-            content.abort()
-        self._count(1, 0)
-        return _placed(found, new.executable, known)
-
-    def _segments(
-        self, path: str, fd: int, size: int, changed: frozenset[int] | None
-    ) -> Iterator[tuple[int, bytes | None, list[bytes]]]:
-        """(offset, bytes, block digests) in order, read and hashed ahead by the workers; bytes None for a block not to read."""
-        window: deque[tuple[int, Future[tuple[bytes, list[bytes]]] | None]] = deque()
-        for offset, length, local in _plan(size, changed):
-            window.append((offset, self._pool.submit(_read_segment, path, fd, offset, length) if local else None))
-            while len(window) > _AHEAD:
-                yield _finished(*window.popleft())
-        while window:
-            yield _finished(*window.popleft())
-
-    def _known(self, id: bytes) -> File | None:
-        """A file of this commit or of the newest version with that content."""
-        return self._stored.get(id) or self._index.find(id, self._ahead.outstanding)
+    def _find(self, id: bytes) -> File | None:
+        return self._index.find(id, self._ahead.outstanding)
 
     def _store_page(self, data: bytes) -> Page:
         return Page(blake3(data).digest(), self._pages.add(data))
@@ -278,6 +204,7 @@ class Upload:
     def _count(self, files: int, size: int) -> None:
         self._progress.files += files
         self._progress.bytes += size
+        self._progress.stored = self._storing.written
         if self._report is not None:
             self._report(self._progress)
 
@@ -332,17 +259,21 @@ class _Ahead:
         if not self._unsent:
             return
         paths = [token.change.path for token in self._unsent if isinstance(token.change, NewFile)]
-        batch = self._pool.submit(_read_batch, paths, self._algorithm)
+        batch = self._pool.submit(read_batch, paths, self._algorithm)
         self._batches.append(batch)
         for at, token in enumerate(self._unsent):
             token.batch, token.at = batch, at
         self._unsent = []
 
 
-class _Index:
-    """Finds contents of the newest version by id, at whatever path; reads all of its pages when first asked."""
+class Index:
+    """Finds contents of the newest version by id, at whatever path; reads all of its pages when first asked.
 
-    def __init__(self, tree: Tree, root: Dir | None) -> None:
+    ``pace`` is called between two pages.
+    """
+
+    def __init__(self, tree: Tree, root: Dir | None, pace: Callable[[], None] = lambda: None) -> None:
+        self._pace = pace
         self._tree = tree
         self._root = root
         self._found: dict[bytes, File] = {}
@@ -373,6 +304,7 @@ class _Index:
         """Sorted runs of 8 bytes a content: 28 bits of its id, then its page, then its place in that."""
         keys: list[int] = []
         for page, ids in self._tree.content_ids(root):
+            self._pace()
             number = len(self._pages) << _PLACE_BITS
             self._pages.append(page)
             keys.extend(_prefix(id) | number | place for place, id in enumerate(ids[: 1 << _PLACE_BITS]) if id)
@@ -428,94 +360,3 @@ def _walk(folder: Folder) -> Iterator[_Token]:
         yield _Token(name, change)
         if not isinstance(change, (NewFile, NewRef, File, Dir, Symlink, Ref, NoneType)):
             stack.append(change.changes())
-
-
-def _placed(found: Fingerprint, executable: bool, known: File | None) -> File:
-    """The entry of a content that lies where ``known`` does; None for the empty content, which lies nowhere."""
-    extents, blocks, table = (known.extents, known.blocks, known.table) if known is not None else ((), None, None)
-    algorithm = found.algorithm
-    return File("", found.size, executable, found.id, extents, blocks, algorithm, found.checksum, table)
-
-
-def _plan(size: int, changed: frozenset[int] | None) -> Iterator[tuple[int, int, bool]]:
-    """(offset, length, whether to read it) of a large content: segments to read, single blocks not to."""
-    offset = 0
-    while offset < size:
-        block = offset // BLOCK
-        if changed is not None and block not in changed:
-            yield offset, min(BLOCK, size - offset), False
-            offset += BLOCK
-            continue
-        count = 1
-        while count < _SEGMENT // BLOCK and (changed is None or block + count in changed):
-            count += 1
-        yield offset, min(count * BLOCK, size - offset), True
-        offset += count * BLOCK
-
-
-def _finished(offset: int, future: Future[tuple[bytes, list[bytes]]] | None) -> tuple[int, bytes | None, list[bytes]]:
-    if future is None:
-        return offset, None, []
-    data, digests = future.result()
-    return offset, data, digests
-
-
-def _read_batch(paths: Sequence[str], algorithm: str) -> list[tuple[bytes, Fingerprint] | None]:
-    """The small ones of ``paths``, read and hashed; None for the large ones."""
-    return [_read_small(path, algorithm) for path in paths]
-
-
-def _read_small(path: str, algorithm: str) -> tuple[bytes, Fingerprint] | None:
-    with _opened(path) as (fd, size):
-        if size > BLOCK:
-            return None
-        data = _pread(fd, size, 0, path)
-    return data, fingerprint(data, algorithm)
-
-
-def _read_segment(path: str, fd: int, offset: int, length: int) -> tuple[bytes, list[bytes]]:
-    data = _pread(fd, length, offset, path)
-    view = memoryview(data)
-    return data, [block_digest(view[at : at + BLOCK]) for at in range(0, length, BLOCK)]
-
-
-def _read_base(new: NewFile, offset: int, size: int) -> bytes:
-    if new.read_base is None:
-        raise ValueError(f"{new.path} needs bytes of its base, and has no way to read them")
-    return new.read_base(offset, size)
-
-
-def _pread(fd: int, size: int, offset: int, path: str) -> bytes:
-    """Exactly ``size`` bytes."""
-    data = os.pread(fd, size, offset)
-    while len(data) < size:
-        more = os.pread(fd, size - len(data), offset + len(data))
-        if not more:
-            raise _changed(path)
-        data += more
-    return data
-
-
-@contextlib.contextmanager
-def _opened(path: str) -> Iterator[tuple[int, int]]:
-    """(descriptor, size) of a regular file that must not change until the block ends; ConflictError if it does."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO put in its place must not hang us
-        try:
-            before = os.fstat(fd)
-            if not stat.S_ISREG(before.st_mode):
-                raise UsageError(f"{path} is not a regular file")
-            yield fd, before.st_size
-            after = os.fstat(fd)
-        finally:
-            os.close(fd)
-    except OSError as error:
-        if error.errno == errno.ENXIO:  # a socket cannot even be opened
-            raise UsageError(f"{path} is not a regular file") from None
-        raise from_os_error(error, f"reading {path}") from error
-    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-        raise _changed(path)
-
-
-def _changed(path: str) -> ConflictError:
-    return ConflictError(f"{path} changed while it was being stored; try again once nothing writes to it")

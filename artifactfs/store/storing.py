@@ -1,0 +1,246 @@
+"""Local files become stored contents: small ones in packs, large ones as blobs or as extents of an older content and a new one.
+
+A commit uses it for its new files (``upload.py``), and a stage to store what was closed ahead of its commit. Each file is read
+once; the segments of a large one are read and hashed by workers, a little ahead of the writing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import os
+import stat
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, MutableMapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from artifactfs.content import Checksum, Fingerprint, block_digest, content_id, fingerprint
+from artifactfs.errors import ConflictError, UsageError, from_os_error
+from artifactfs.model import BLOCK, File
+from artifactfs.pack import PackWriter
+from artifactfs.store.large import LargeContent
+from artifactfs.store.native import NativeStore
+
+_SEGMENT = 4 << 20
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class NewFile:
+    """A local file to store. ``path`` is read once, while the commit runs; one that changes meanwhile fails the commit with a
+    ConflictError that names it.
+
+    ``base``, ``changed`` and ``read_base``: where only some blocks differ from a stored file, ``changed`` are the numbers of the
+    blocks that must be read from ``path``, which has the new size; all others are those of ``base``, whose bytes need not be in
+    ``path``. Blocks that ``base`` has not, or not whole, are in ``changed``. ``read_base(offset, size)`` gives bytes of ``base``,
+    for digests that need them all.
+    """
+
+    path: str
+    executable: bool
+    base: File | None = None
+    changed: frozenset[int] = frozenset()
+    read_base: Callable[[int, int], bytes] | None = None
+
+
+class Storing:
+    """Stores contents through ``packs``, which whoever made it flushes. For one thread.
+
+    ``stored`` are contents that are stored already, by id; what is stored is added. ``find`` looks for one elsewhere. ``read`` is
+    told of each piece that was read (the number of files it completes, bytes), and may raise to give the file up.
+    """
+
+    def __init__(
+        self,
+        store: NativeStore,
+        packs: PackWriter,
+        pool: ThreadPoolExecutor,
+        ahead: int,
+        algorithm: str,
+        stored: MutableMapping[bytes, File],
+        find: Callable[[bytes], File | None],
+        read: Callable[[int, int], None],
+    ) -> None:
+        """``ahead`` segments of 4 MiB are under way in ``pool``."""
+        self._store = store
+        self._packs = packs
+        self._pool = pool
+        self._ahead = ahead
+        self._algorithm = algorithm
+        self._stored = stored
+        self._find = find
+        self._read = read
+        self.written = 0
+        """Bytes that were not stored before."""
+
+    def file(self, new: NewFile, prior: File | None) -> File:
+        """A file of any size, as :meth:`patched`, :meth:`small` or :meth:`large`."""
+        if new.base is not None:
+            return self.patched(new, new.base)
+        found = read_small(new.path, self._algorithm)
+        return self.large(new, prior) if found is None else self.small(new, *found, prior)
+
+    def small(self, new: NewFile, data: bytes, found: Fingerprint, prior: File | None) -> File:
+        """A file that was read already. ``prior``: what it may be the same as."""
+        known = prior if prior is not None and prior.id == found.id else self._known(found.id) if data else None
+        if known is None and data:
+            known = self._stored[found.id] = File("", len(data), False, found.id, (self._packs.add(data),))
+            self.written += len(data)
+        self._read(1, len(data))
+        return _placed(found, new.executable, known if data else None)
+
+    def patched(self, new: NewFile, base: File) -> File:
+        """A staged file of which only some blocks are local."""
+        with _opened(new.path) as (fd, size):
+            if size > BLOCK:
+                return self._store_large(new, fd, size, base, new.changed)
+            local = 0 in new.changed or not size
+            data = _pread(fd, size, 0, new.path) if local else _read_base(new, 0, size)
+        return self.small(new, data, fingerprint(data, self._algorithm), None)
+
+    def large(self, new: NewFile, prior: File | None) -> File:
+        """A file of more than one block; those that ``prior`` has at the same place are not stored again."""
+        with _opened(new.path) as (fd, size):
+            return self._store_large(new, fd, size, prior, None)
+
+    def _store_large(self, new: NewFile, fd: int, size: int, prior: File | None, changed: frozenset[int] | None) -> File:
+        """``changed``: the blocks to read, None for all; the others are those of ``prior``."""
+        content = LargeContent(self._store, prior)
+        checksum = Checksum(self._algorithm)
+        try:
+            with contextlib.closing(self._segments(new.path, fd, size, changed)) as segments:
+                for start, data, digests in segments:
+                    if data is None:
+                        length = min(BLOCK, size - start)
+                        content.keep(length)
+                        if checksum.needed:
+                            checksum.update(_read_base(new, start, length))
+                        continue
+                    checksum.update(data)
+                    for at, digest in enumerate(digests):
+                        content.take(memoryview(data)[at * BLOCK : (at + 1) * BLOCK], digest)
+                    self._read(0, len(data))
+            id = content_id(size, bytes(content.digests))
+            found = Fingerprint(id, size, bytes(content.digests), self._algorithm, checksum.finish())
+            known = prior if prior is not None and prior.id == id else self._known(id)
+            if known is None:
+                extents, table = content.finish(self._packs)
+                blocks = self._packs.add(found.blocks)
+                known = self._stored[id] = File("", size, False, id, extents, blocks, table=table)
+                self.written += content.written
+        finally:
+            content.abort()
+        self._read(1, 0)
+        return _placed(found, new.executable, known)
+
+    def _segments(
+        self, path: str, fd: int, size: int, changed: frozenset[int] | None
+    ) -> Generator[tuple[int, bytes | None, list[bytes]]]:
+        """(offset, bytes, block digests) in order, read and hashed ahead by the workers; bytes None for a block not to read."""
+        window: deque[tuple[int, Future[tuple[bytes, list[bytes]]] | None]] = deque()
+        try:
+            for offset, length, local in _plan(size, changed):
+                window.append((offset, self._pool.submit(_read_segment, path, fd, offset, length) if local else None))
+                while len(window) > self._ahead:
+                    yield _finished(*window.popleft())
+            while window:
+                yield _finished(*window.popleft())
+        finally:
+            for _, future in window:  # given up: the descriptor will be closed, and must not be read as another file's
+                if future is not None and not future.cancel():
+                    future.exception()
+
+    def _known(self, id: bytes) -> File | None:
+        return self._stored.get(id) or self._find(id)
+
+
+def read_small(path: str, algorithm: str) -> tuple[bytes, Fingerprint] | None:
+    """The file's bytes and their fingerprint; None for one of more than a block."""
+    with _opened(path) as (fd, size):
+        if size > BLOCK:
+            return None
+        data = _pread(fd, size, 0, path)
+    return data, fingerprint(data, algorithm)
+
+
+def read_batch(paths: Sequence[str], algorithm: str) -> list[tuple[bytes, Fingerprint] | None]:
+    """The small ones of ``paths``, read and hashed; None for the large ones."""
+    return [read_small(path, algorithm) for path in paths]
+
+
+def _placed(found: Fingerprint, executable: bool, known: File | None) -> File:
+    """The entry of a content that lies where ``known`` does; None for the empty content, which lies nowhere."""
+    extents, blocks, table = (known.extents, known.blocks, known.table) if known is not None else ((), None, None)
+    algorithm = found.algorithm
+    return File("", found.size, executable, found.id, extents, blocks, algorithm, found.checksum, table)
+
+
+def _plan(size: int, changed: frozenset[int] | None) -> Iterator[tuple[int, int, bool]]:
+    """(offset, length, whether to read it) of a large content: segments to read, single blocks not to."""
+    offset = 0
+    while offset < size:
+        block = offset // BLOCK
+        if changed is not None and block not in changed:
+            yield offset, min(BLOCK, size - offset), False
+            offset += BLOCK
+            continue
+        count = 1
+        while count < _SEGMENT // BLOCK and (changed is None or block + count in changed):
+            count += 1
+        yield offset, min(count * BLOCK, size - offset), True
+        offset += count * BLOCK
+
+
+def _finished(offset: int, future: Future[tuple[bytes, list[bytes]]] | None) -> tuple[int, bytes | None, list[bytes]]:
+    if future is None:
+        return offset, None, []
+    data, digests = future.result()
+    return offset, data, digests
+
+
+def _read_segment(path: str, fd: int, offset: int, length: int) -> tuple[bytes, list[bytes]]:
+    data = _pread(fd, length, offset, path)
+    view = memoryview(data)
+    return data, [block_digest(view[at : at + BLOCK]) for at in range(0, length, BLOCK)]
+
+
+def _read_base(new: NewFile, offset: int, size: int) -> bytes:
+    if new.read_base is None:
+        raise ValueError(f"{new.path} needs bytes of its base, and has no way to read them")
+    return new.read_base(offset, size)
+
+
+def _pread(fd: int, size: int, offset: int, path: str) -> bytes:
+    """Exactly ``size`` bytes."""
+    data = os.pread(fd, size, offset)
+    while len(data) < size:
+        more = os.pread(fd, size - len(data), offset + len(data))
+        if not more:
+            raise _changed(path)
+        data += more
+    return data
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[tuple[int, int]]:
+    """(descriptor, size) of a regular file that must not change until the block ends; ConflictError if it does."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO put in its place must not hang us
+        try:
+            before = os.fstat(fd)
+            if not stat.S_ISREG(before.st_mode):
+                raise UsageError(f"{path} is not a regular file")
+            yield fd, before.st_size
+            after = os.fstat(fd)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # a socket cannot even be opened
+            raise UsageError(f"{path} is not a regular file") from None
+        raise from_os_error(error, f"reading {path}") from error
+    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+        raise _changed(path)
+
+
+def _changed(path: str) -> ConflictError:
+    return ConflictError(f"{path} changed while it was being stored; try again once nothing writes to it")
