@@ -304,7 +304,6 @@ def test_folders_over_a_base_keep_what_they_do_not_change(store: NativeStore, od
 @pytest.mark.parametrize(
     "fields, error",
     [
-        ({"type": ""}, UsageError),
         ({"type": "a/b"}, InvalidNameError),
         ({"type": "wandb-x"}, InvalidNameError),
         ({"name": ArtifactName("acme", "vision", "..")}, InvalidNameError),
@@ -374,6 +373,7 @@ def test_a_collection_has_one_type(store: NativeStore, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="already exists with type 'dataset'"):
         commit(store, {"x": new_file(tmp_path / "x", b"2")}, type="model")
     assert commit(store, {"x": new_file(tmp_path / "x", b"2")}, type="").version.type == "dataset"
+    assert commit(store, {}, "acme/vision/new", type="").version.type == "dataset"
     for number in (0, 1):
         store.delete_version(NAME.at(f"v{number}"))
     with pytest.raises(UsageError, match="already exists"):
