@@ -165,7 +165,6 @@ def test_an_empty_stage_of_nothing_is_no_version(world: World) -> None:
 @pytest.mark.parametrize(
     ("fields", "error"),
     [
-        ({"name": "acme/vision/new"}, UsageError),
         ({"type": "model"}, UsageError),
         ({"base": "v7"}, NotFoundError),
         ({"base": "a/b"}, InvalidNameError),
