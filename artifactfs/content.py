@@ -79,7 +79,8 @@ class Checksum:
     """The running MD5 or XXH128 of a content; nothing for BLAKE3, whose digest is the content id."""
 
     def __init__(self, algorithm: str) -> None:
-        self._hash = _new_hash(check_algorithm(algorithm))
+        self.algorithm = check_algorithm(algorithm)
+        self._hash = _new_hash(self.algorithm)
         self.needed = self._hash is not None
 
     def update(self, data: bytes | memoryview) -> None:
@@ -94,6 +95,10 @@ class Checksum:
 
 def fingerprint(data: bytes | memoryview, algorithm: str = BLAKE3) -> Fingerprint:
     """The fingerprint of a content that is in memory."""
+    if len(data) <= BLOCK:  # as most are: no need for what follows
+        checksum = Checksum(algorithm)
+        checksum.update(data)
+        return Fingerprint(blake3(data).digest(), len(data), b"", checksum.algorithm, checksum.finish())
     hasher = Hasher(algorithm)
     view = memoryview(data)
     for start in range(0, len(view), BLOCK):
