@@ -132,6 +132,8 @@ class _Serving:
         options = Options("", allow_other=asked.allow_other, extra=asked.options)
         if asked.kind == "stage":
             self._stage = open_stage(asked, store, reader)
+            if asked.eager:
+                self._stage.store_ahead()
             base = self._stage.base
             network = _can_wait(asked, [base] if base else [])
             return self._stage, dataclasses.replace(options, label=self._stage.label, network=network)
@@ -390,8 +392,9 @@ def open_stage(asked: MountRequest, store: Any, reader: Reader) -> Stage:
         base=base.number if base else None,
         aliases=asked.aliases,
         tags=tuple(names.check_tags(asked.tags)),
-        description=asked.description,
-        metadata=None if asked.metadata is None else names.check_metadata(asked.metadata),
+        # What is not given is the base's, as with W&B's new_draft.
+        description=base.description if base and asked.description is None else asked.description,
+        metadata=base.metadata if base and asked.metadata is None else names.check_metadata(asked.metadata),
         expect_base=asked.expect_base,
         commit=id + os.urandom(10).hex(),
         algorithm=newest.algorithm if newest else BLAKE3,

@@ -154,6 +154,18 @@ def test_a_new_collection_with_everything_said(world: World) -> None:
     assert (version.type, version.tags, version.description, version.metadata) == ("model", ["a tag"], "words", {"k": [1, None]})
 
 
+def test_description_and_metadata_are_the_bases_unless_given(world: World) -> None:
+    path = world.stage("acme/vision/fresh", description="words", metadata={"k": 1})
+    (path / "one").write_bytes(b"1")
+    daemon.unmount(path)
+    for number, fields, expected in ((1, {}, ("words", {"k": 1})), (2, {"description": "new", "metadata": {}}, ("new", {}))):
+        path = world.stage("acme/vision/fresh", **fields)
+        (path / f"more{number}").write_bytes(b"2")
+        daemon.unmount(path)
+        version = world.store.version(parse(f"acme/vision/fresh:v{number}"))
+        assert (version.description, version.metadata) == expected
+
+
 def test_an_empty_stage_of_nothing_is_no_version(world: World) -> None:
     path = world.stage("acme/vision/fresh", type="model")
     result = daemon.unmount(path)
