@@ -40,6 +40,12 @@ class PackWriter:
                 self._seal()
         return extent
 
+    def seal(self) -> None:
+        """Start to write what was added; :meth:`flush` waits for it."""
+        with self._lock:
+            if self._buffer:
+                self._seal()
+
     def flush(self) -> None:
         """Return once everything added is durable; raises what writing a pack raised, also if :meth:`add` did already."""
         with self._lock:

@@ -133,7 +133,7 @@ class LocalObjects:
 
     def _make_parent(self, target: str) -> str:
         parent = os.path.dirname(target)
-        _make_directories(parent)
+        self._durable.update(_make_directories(parent))
         self._settle(parent)
         return parent
 
@@ -251,19 +251,18 @@ def _sync_directory(path: str) -> None:
         os.close(fd)
 
 
-def _make_directories(path: str) -> None:
-    """Make ``path`` and its parents; each one made is durable in its parent."""
+def _make_directories(path: str) -> list[str]:
+    """Make ``path`` and its parents; those that were made, each durable in its parent."""
     try:
         os.mkdir(path)
     except FileExistsError:
         if not os.path.isdir(path):
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path) from None
-        return
+        return []
     except FileNotFoundError:
-        _make_directories(os.path.dirname(path))
-        _make_directories(path)
-        return
+        return _make_directories(os.path.dirname(path)) + _make_directories(path)
     _sync_directory(os.path.dirname(path))
+    return [path]
 
 
 @contextlib.contextmanager

@@ -152,6 +152,8 @@ class Upload:
 
     def flush(self) -> None:
         """Return once every content and page is durable."""
+        self._contents.seal()
+        self._pages.seal()  # both reach the disk at the same time
         self._contents.flush()
         self._pages.flush()
 
