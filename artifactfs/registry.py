@@ -59,6 +59,8 @@ class MountRequest(msgspec.Struct, frozen=True, kw_only=True):
     description: str | None = None
     metadata: dict[str, Any] | None = None
     expect_base: bool = False
+    eager: bool = True
+    """Store what was closed while the stage is still in use."""
     resume: str = ""
     drain: float = 10.0
     """Seconds that a signal waits for the last close of files that are open."""

@@ -73,6 +73,7 @@ def mount_command(
 @click.option("--base", default="", metavar="ALIAS|none", help="The version to begin with (latest), or none.")
 @arguments.draft_options
 @click.option("--expect-base", is_flag=True, help="Let the commit fail if somebody else has committed meanwhile.")
+@click.option("--no-eager", is_flag=True, help="Store nothing before the commit, not even files that are closed.")
 @click.option("--resume", "again", is_flag=True, help="Go on with an uncommitted stage: stage --resume DIR [MOUNTPOINT].")
 @_mount_options
 @_foreground
@@ -86,6 +87,7 @@ def stage_command(
     directory of a stage whose commit failed or whose process died; `mounts --all` lists them.
     """
     given = mount_options.parse_stage(",".join(options))
+    given["eager"] = not rest["no_eager"]
     if again:
         request = _resume_request(session, words, given)
         words = ("", request.mountpoint)

@@ -5,6 +5,7 @@
 ::
 
     stage.py       paths, names and attributes; the commit
+    eager.py       storing closed files ahead of the commit
     files.py       open files and their content; copying blocks up
     changes.py     what is different from the version underneath
     recovery.py    what a crash leaves to be mended

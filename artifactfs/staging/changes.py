@@ -84,9 +84,10 @@ class Plan:
         with self._ledger.lock:
             size = self._files.stat(node).size
         executable = is_executable(node.mode)
+        stored = self._files.early(node) if node.entry is None or node.differs(size) else node.entry
+        if stored is not None:
+            return stored if stored.executable == executable else msgspec.structs.replace(stored, executable=executable)
         entry = node.entry
-        if entry is not None and not node.differs(size):
-            return entry if entry.executable == executable else msgspec.structs.replace(entry, executable=executable)
         path = self._files.path_of(node)
         if not isinstance(entry, File):
             self._localise(node, range(block_count(node.visible)))

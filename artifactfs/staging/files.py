@@ -14,11 +14,11 @@ import os
 from collections.abc import Callable, Iterable
 from typing import NamedTuple, TypeVar
 
-from artifactfs.model import BLOCK, Ref
+from artifactfs.model import BLOCK, File, Ref
 from artifactfs.reader import Reader
 from artifactfs.staging.data import Below, DataDir, DataFile, Layout, OpenFile, write_all
 from artifactfs.staging.ledger import Ledger
-from artifactfs.staging.nodes import NOT_CUTTING, UNKNOWN, FileNode, now, os_error
+from artifactfs.staging.nodes import NOT_CUTTING, UNKNOWN, FileNode, decode_early, now, os_error
 
 _R = TypeVar("_R")
 
@@ -42,6 +42,10 @@ class Files:
         self._handles: dict[int, tuple[OpenFile, bool]] = {}
         self._numbers = itertools.count(1)
         self._open: set[OpenFile] = set()
+        self.closed: Callable[[FileNode], None] = lambda node: None
+        """Told of each file whose content was changed when nobody has it open any more, with the lock held."""
+        self.activity = 0
+        """Counts writes, so that work in the background can give way."""
 
     # Handles
 
@@ -65,6 +69,8 @@ class Files:
                 below.close()
 
     def add_handle(self, file: OpenFile, writable: bool) -> int:
+        if writable:
+            self._expect_change(file.node)
         fh = next(self._numbers)
         self._handles[fh] = (file, writable)
         return fh
@@ -110,6 +116,7 @@ class Files:
             raise os_error(errno.EBADF) from None
         if not writable:
             raise os_error(errno.EBADF)
+        self.activity += 1
         with file.lock:
             direct = file.direct
             if direct is not None and not self._ledger.careful:
@@ -120,6 +127,7 @@ class Files:
         """Truncate a prepared file, or extend it with zeros."""
         if size < 0:
             raise os_error(errno.EINVAL)
+        self._expect_change(file.node)
         self._changing(file, lambda: self._resize(file, size))
 
     def sync(self, fh: int, datasync: bool) -> None:
@@ -180,6 +188,27 @@ class Files:
         """The size of a reference that does not say it, asked where it points to."""
         return self.reader.size(entry)
 
+    def data_stat(self, node: FileNode) -> os.stat_result:
+        """What the file's data file says of itself."""
+        return self._data.stat(node.data)
+
+    def early(self, node: FileNode) -> File | None:
+        """What the file's content was stored as ahead of a commit, if it has not changed since."""
+        if not node.early:
+            return None
+        early = decode_early(node.early)
+        found = self.data_stat(node)
+        same = (early.data, early.ctime, early.file.size) == (node.data, found.st_ctime_ns, found.st_size)
+        return early.file if same else None
+
+    def set_times(self, node: FileNode, atime: int, mtime: int) -> None:
+        """Set those of the data file. Call it with the lock."""
+        self._data.utime(node.data, atime, mtime)
+        if node.early is not None:
+            node.early = None
+            if node.open is None:
+                self.closed(node)
+
     def path_of(self, node: FileNode) -> str:
         return self._data.path(node.data)
 
@@ -188,12 +217,20 @@ class Files:
 
     # Internals
 
+    def _expect_change(self, node: FileNode) -> None:
+        """What was stored of the file ahead of a commit may soon be old."""
+        if node.early is not None:
+            with self._ledger.lock:
+                node.early = None
+
     def _close(self, file: OpenFile) -> list[Below | None]:
         """The last handle is gone."""
         node = file.node
         layout = file.layout
         if layout is not None and layout.data is not None and node.nlink:
             self._keep_stat(node, self._stat(node, os.fstat(layout.data.fd)))
+            if node.early is None and node.differs(node.size):
+                self.closed(node)
         node.open = None
         file.layout = file.direct = None
         self._open.discard(file)

@@ -30,6 +30,7 @@ Deltas (``id`` is an inode number, ``entry`` an entry's msgpack form):
                                                        masked (pairs of name and 1 or 2); what was hidden else is forgotten
     ("g", id, entry, visible, dirty)                   file: a commit stored its content as entry, of which so many bytes are
                                                        still the same but for the blocks dirty
+    ("w", id, early)                                   file: what is in its data file is stored, see :class:`Early`
 
 Threads: everything here is called under the stage's lock, but for reading ``FileNode.local`` and ``dirty``, which change under
 the file's lock as well.
@@ -42,7 +43,7 @@ import stat
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Set
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import xxhash
@@ -56,6 +57,8 @@ _HASHED = 1 << 62
 
 UNKNOWN = -1
 NOT_CUTTING = -1
+BUSY = b""
+"""A file's ``early`` while it is being stored ahead of its commit."""
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode_entry: Callable[[bytes], Entry] = msgspec.msgpack.Decoder(Entry).decode
@@ -89,6 +92,17 @@ def _grown(blocks: Set[int], more: Iterable[int]) -> set[int]:
     grown = blocks if isinstance(blocks, set) else set(blocks)
     grown.update(more)
     return grown
+
+
+class Early(NamedTuple):
+    """A content that was stored ahead of its commit as ``file``, from the data file ``data`` of the change time ``ctime``."""
+
+    data: int
+    ctime: int
+    file: File
+
+
+_decode_early: Callable[[bytes], Early] = msgspec.msgpack.Decoder(Early).decode
 
 
 class Node:
@@ -126,12 +140,17 @@ class FileNode(Node):
     ``data`` is the data file's number, 0 if there is none. ``fresh`` are local blocks not known to be durable, ``floor`` the
     least size the data file can have, ``cutting`` the size of a truncation under way. ``size`` and ``blocks`` hold what the
     data file's inode says while nobody has the file open, :data:`UNKNOWN` until asked; without a data file the content's size.
+    ``early`` is an :class:`Early`, encoded; None for none.
     """
 
-    __slots__ = ("blocks", "cutting", "data", "dirty", "durable", "entry", "floor", "fresh", "local", "open", "size", "visible")
+    __slots__ = (
+        *("blocks", "cutting", "data", "dirty", "durable", "early", "entry"),
+        *("floor", "fresh", "local", "open", "size", "visible"),
+    )
 
     def __init__(self, *args: int) -> None:
         super().__init__(*args)
+        self.early: bytes | None = None
         self.size = 0
         self.blocks = 0
         self.data = 0
@@ -155,10 +174,12 @@ class FileNode(Node):
         self.entry = entry
         self.visible = visible
         self.dirty = set(dirty) or _NONE
+        self.early = None
 
     def set_own(self, data: int) -> None:
         self.entry = None
         self.data = data
+        self.early = None
         self.size = UNKNOWN
         self.visible = self.floor = 0
         self.local = None
@@ -313,6 +334,7 @@ class Namespace:
             "v": self._cut_done,
             "b": self._rebase,
             "g": self._stored,
+            "w": self._early,
         }
 
     @property
@@ -377,6 +399,8 @@ class Namespace:
         deltas: list[Delta] = [("n", node.ino, *node.attributes())]
         if isinstance(node, FileNode):
             deltas.append(node.dump())
+            if node.early:
+                deltas.append(("w", node.ino, node.early))
         elif isinstance(node, DirNode) and node.base is not None:
             deltas.append(("e", node.ino, _encode(node.base)))
         elif isinstance(node, LinkNode):
@@ -537,6 +561,9 @@ class Namespace:
         assert isinstance(stored, (File, Ref))
         self._file(ino).set_stored(stored, visible, dirty)
 
+    def _early(self, ino: int, early: bytes) -> None:
+        self._file(ino).early = early
+
     # Access by number, with the kind that a delta implies
 
     def _file(self, ino: int) -> FileNode:
@@ -568,6 +595,15 @@ def header_delta(header: Header) -> Delta:
 def stored_delta(ino: int, entry: Entry, visible: int) -> Delta:
     """File ``ino`` is now stored as ``entry``."""
     return "g", ino, _encode(entry), visible, []
+
+
+def early_delta(ino: int, data: int, ctime: int, file: File) -> Delta:
+    """File ``ino`` was stored as ``file`` from its data file as it was then."""
+    return "w", ino, _encode(Early(data, ctime, file))
+
+
+def decode_early(early: bytes) -> Early:
+    return _decode_early(early)
 
 
 def rebase_delta(ino: int, entry: Dir, masked: list[tuple[str, int]]) -> Delta:

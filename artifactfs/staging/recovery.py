@@ -6,6 +6,7 @@ machine itself went down, the data files may lack what was not synced, although 
 - a file that is shorter than the journal knows gets its length back, so that what is not local is the base's again;
 - in blocks that are said to be local but were never synced, holes are filled from the base; a block that is all hole counts as
   not local;
+- what was stored ahead of a commit may be newer than what is left of the file: it is not used;
 - for a file that a commit had stored, it is not known what has changed since: it counts as changed as a whole.
 """
 
@@ -48,6 +49,8 @@ def mend(space: Namespace, data: DataDir, reader: Reader, where: str) -> None:
         if node.cutting != NOT_CUTTING:
             _resize(data, node, node.cutting)
             node.cutting = NOT_CUTTING
+        if crashed:
+            node.early = None  # the data file may have lost what was stored
         if crashed or node.data not in there:
             _distrust(node, data, reader, where)
     numbers = [ino for ino in space.nodes if ino < space.header.next_id or not ino >> 62]

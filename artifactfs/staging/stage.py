@@ -17,6 +17,7 @@ Reading content takes no lock. While a commit reads what is staged, changes wait
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import errno
 import functools
@@ -40,6 +41,7 @@ from artifactfs.reader import Reader
 from artifactfs.staging.changes import HIDDEN, Comparison, Plan, StageChange, StagedFolder, rebased
 from artifactfs.staging.data import DataDir, DataFile, OpenFile
 from artifactfs.staging.directory import StageDirectory, StageSpec
+from artifactfs.staging.eager import Eager, refresh
 from artifactfs.staging.files import Files
 from artifactfs.staging.journal import Delta, Journal, replay
 from artifactfs.staging.ledger import Ledger, Unread
@@ -155,6 +157,7 @@ class Stage:
         self._dirs: dict[str, DirNode] = {"": space.root}
         self._hidden: dict[tuple[int, str], FileNode] = {}
         self._answers: dict[object, Any] = {}
+        self._eager: Eager | None = None
         self._closed = False
 
     @classmethod
@@ -432,7 +435,7 @@ class Stage:
         atime = node.atime if atime_ns is None else _storable(atime_ns)
         mtime = node.mtime if mtime_ns is None else _storable(mtime_ns)
         if isinstance(node, FileNode) and node.data and mtime_ns is not None:
-            self._data.utime(node.data, atime, mtime)
+            self._files.set_times(node, atime, mtime)
         self._set_attributes(node, atime=atime, mtime=mtime)
 
     @_changing
@@ -470,10 +473,11 @@ class Stage:
         """Make what is staged a version; None if there is nothing and never was.
 
         May be repeated after any failure and in another process: one commit makes one version. The result is recorded
-        durably before this returns. Changes by other threads wait meanwhile and belong to the next commit. Afterwards the
-        stage goes on over the new version, unless ``final`` says that it will only be removed.
+        durably before this returns. Changes by other threads wait meanwhile and belong to the next commit, which sees all
+        files as of one moment. Afterwards the stage goes on over the new version, unless ``final`` says that it will only be
+        removed.
         """
-        with self._commit_lock:
+        with self._commit_lock, self._nothing_ahead(drain=not final):
             self._ledger.close_gate()
             try:
                 self._files.settle()
@@ -486,10 +490,16 @@ class Stage:
                 self._ledger.open_gate()
             return published
 
+    def store_ahead(self) -> None:
+        """From now on store the contents of closed files in the background, so that the commit has less to do."""
+        self._eager = Eager(self._ledger, self._files, self._store, self.spec.algorithm, lambda: self.base, self.label)
+
     def close(self) -> None:
         """Stop using the stage; its directory stays, to be resumed. Idempotent."""
         if not self._closed:
             self._closed = True
+            if self._eager is not None:
+                self._eager.stop()
             self._files.close()
             self._bury()
             self._ledger.journal.close()
@@ -538,6 +548,7 @@ class Stage:
             base=base.number if base else None,
             expect_base=self._expected() if spec.expect_base else None,
             retry=header.attempted,
+            stored=refresh(self._ledger, self._store)[0],
         )
         try:
             published = publish(self._store, draft, report)
@@ -545,6 +556,9 @@ class Stage:
             plan.close()
         self._directory.write_result(published, header.commit)
         return published
+
+    def _nothing_ahead(self, drain: bool) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self._eager is None else self._eager.suspended(drain)
 
     def _plan(self) -> Plan:
         return Plan(self._ledger, self._files, self.label)
