@@ -1,9 +1,10 @@
 """Objects as files of a directory: the embedded store.
 
 An object appears whole: it is written to ``tmp/``, fsync'd, then renamed (data) or hard-linked (create if absent) into place,
-and its directory is fsync'd, as is every directory above it. Locks are ``flock`` on the object's directory, so they
-leave no files behind and die with their process: compare-and-swap and conditional removal hold it exclusively, data writes and
-listings hold it shared. No lock is held while data is written, none while a caller looks at a listing, and never two.
+and its directory is fsync'd, as is every directory above it. One lock, ``flock`` on the file ``.lock``, dies with its process:
+compare-and-swap and conditional removal hold it exclusively, data that takes its name and listings hold it shared. It is held for
+a rename or a listing of one directory, never while data is written or a caller looks at a listing. (A file, because over NFS an
+exclusive lock needs a descriptor that is open for writing, and a directory's cannot be.)
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from artifactfs.errors import ArtifactFSError, IntegrityError, NotFoundError, St
 from artifactfs.objects import ABSENT, MAX_RECORD, ObjectInfo
 
 TEMPORARY = "tmp"
+_LOCK = ".lock"
+_SHARED = os.O_RDONLY | os.O_CREAT
+_EXCLUSIVE = os.O_RDWR | os.O_CREAT
 
 _COPY = 8 << 20
 
@@ -75,7 +79,7 @@ class LocalObjects:
             temporary = self._temporary()
             try:
                 _write_durably(temporary, data)
-                replaced = _link(temporary, target) if etag == ABSENT else _replace_if(temporary, target, directory, etag)
+                replaced = _link(temporary, target) if etag == ABSENT else self._replace_if(temporary, target, etag)
             finally:
                 with contextlib.suppress(OSError):
                     os.unlink(temporary)
@@ -90,7 +94,7 @@ class LocalObjects:
             folder = pending.pop()
             found = []
             with self._errors("listing", folder):
-                for entry in _entries(f"{self.root}/{folder}"):
+                for entry in self._entries(folder):
                     key = f"{folder}/{entry.name}" if folder else entry.name
                     if entry.is_dir(follow_symlinks=False):
                         pending.append(key)
@@ -102,14 +106,13 @@ class LocalObjects:
 
     def folders(self, prefix: str) -> list[str]:
         with self._errors("listing", prefix):
-            entries = _entries(f"{self.root}/{prefix}")
-            return sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
+            return sorted(entry.name for entry in self._entries(prefix) if entry.is_dir(follow_symlinks=False))
 
     def refresh(self, key: str) -> bool:
         target = f"{self.root}/{key}"
         with self._errors("keeping", key), contextlib.suppress(FileNotFoundError):
             try:
-                with _locked(os.path.dirname(target), shared=True):
+                with self._locked(_SHARED):
                     os.utime(target)
             except PermissionError:  # another user's: a copy of it is ours
                 self._copy_over(key)
@@ -118,12 +121,57 @@ class LocalObjects:
 
     def delete(self, key: str, unless_newer: float | None = None) -> bool:
         target = f"{self.root}/{key}"
-        with self._errors("deleting", key), contextlib.suppress(FileNotFoundError), _locked(os.path.dirname(target)):
+        with self._errors("deleting", key), contextlib.suppress(FileNotFoundError), self._locked(_EXCLUSIVE):
             if unless_newer is not None and os.stat(target).st_mtime > unless_newer:
                 return False
             os.unlink(target)
             return True
         return False
+
+    def _replace_if(self, temporary: str, target: str, etag: str) -> bool:
+        with self._locked(_EXCLUSIVE):
+            try:
+                with _opened(target) as fd:
+                    current = _read_record(fd, target)
+            except FileNotFoundError:
+                return False
+            if _etag(current) != etag:
+                return False
+            os.rename(temporary, target)
+        return True
+
+    def _entries(self, folder: str) -> list[os.DirEntry[str]]:
+        """A directory's entries; none if it is not there.
+
+        Some file systems leave out a name that is renamed over while they list its directory: the lock keeps swaps out meanwhile.
+        """
+        try:
+            with self._locked(os.O_RDONLY), os.scandir(f"{self.root}/{folder}") as entries:
+                return [entry for entry in entries if folder or entry.name != _LOCK]
+        except FileNotFoundError:
+            return []
+
+    @contextlib.contextmanager
+    def _locked(self, flags: int) -> Iterator[None]:
+        """Hold the store's lock, opened with ``flags``: shared for O_RDONLY, else exclusively. It goes with its descriptor.
+
+        Whoever only reads does without, where nobody has written yet.
+        """
+        path = f"{self.root}/{_LOCK}"
+        try:
+            fd = os.open(path, flags | os.O_CLOEXEC, 0o666)
+        except PermissionError:  # another user's: reading will do, but over NFS
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            if flags != os.O_RDONLY:
+                raise
+            yield
+            return
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX if flags & os.O_RDWR else fcntl.LOCK_SH)
+            yield
+        finally:
+            os.close(fd)
 
     def _temporary(self) -> str:
         """A path in ``tmp/`` that nobody else has."""
@@ -193,7 +241,7 @@ class LocalWriter:
         with self._objects._errors("writing", key):
             os.fsync(self._fd)
             directory = self._objects._make_parent(target)
-            with _locked(directory, shared=True):
+            with self._objects._locked(_SHARED):
                 os.rename(self._temporary, target)
             _sync_directory(directory)
         self._close()
@@ -218,20 +266,7 @@ def _link(temporary: str, target: str) -> bool:
     try:
         os.link(temporary, target)
     except FileExistsError:
-        return False
-    return True
-
-
-def _replace_if(temporary: str, target: str, directory: str, etag: str) -> bool:
-    with _locked(directory):
-        try:
-            with _opened(target) as fd:
-                current = _read_record(fd, target)
-        except FileNotFoundError:
-            return False
-        if _etag(current) != etag:
-            return False
-        os.rename(temporary, target)
+        return os.stat(temporary).st_nlink == 2  # over NFS: it was ours, sent twice because the first answer was lost
     return True
 
 
@@ -282,26 +317,3 @@ def _read_record(fd: int, where: str) -> bytes:
     if size > MAX_RECORD:
         raise IntegrityError(f"{where} has {size} bytes; a record of a store has at most {MAX_RECORD}")
     return os.pread(fd, size, 0)
-
-
-def _entries(path: str) -> list[os.DirEntry[str]]:
-    """The directory's entries; none if it is not there.
-
-    Some file systems leave out a name that is renamed over while they list its directory: the lock keeps swaps out meanwhile.
-    """
-    try:
-        with _locked(path, shared=True), os.scandir(path) as entries:
-            return list(entries)
-    except FileNotFoundError:
-        return []
-
-
-@contextlib.contextmanager
-def _locked(directory: str, shared: bool = False) -> Iterator[None]:
-    """Hold the directory's lock; it goes when the descriptor closes."""
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
