@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import shutil
 import tempfile
@@ -153,3 +155,44 @@ def test_refreshing_what_another_user_wrote_makes_a_copy(objects: LocalObjects, 
     assert objects.refresh(PACK)
     assert objects.get(PACK)[0] == b"x" * 10_000
     assert os.stat(objects.path(PACK) or "").st_ino != inode
+
+
+def test_locks_as_nfs_has_them(objects: LocalObjects, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There an exclusive lock needs a descriptor open for writing, which no directory has."""
+    real = fcntl.flock
+
+    def flock(fd: int, operation: int) -> None:
+        writable = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
+        if operation == fcntl.LOCK_EX and not writable:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        real(fd, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    objects.put(PACK, b"x")
+    etag = objects.swap("catalog/a", b"1", ABSENT)
+    assert objects.swap("catalog/a", b"2", etag or "")
+    assert objects.refresh(PACK) and objects.delete(PACK)
+    assert [info.key for info in objects.scan("catalog/")] == ["catalog/a"]
+
+
+def test_a_link_whose_first_answer_was_lost_is_ours(objects: LocalObjects, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over NFS a repeated request for a link finds the one that the first made."""
+    real = os.link
+
+    def twice(source: str, target: str) -> None:
+        real(source, target)
+        real(source, target)
+
+    monkeypatch.setattr(os, "link", twice)
+    assert objects.swap("catalog/a", b"1", ABSENT) is not None
+    assert objects.swap("catalog/a", b"2", ABSENT) is None
+    assert objects.get("catalog/a")[0] == b"1"
+
+
+def test_a_lock_is_there_once_and_is_no_object(objects: LocalObjects, tmp_path: Path) -> None:
+    assert list(objects.scan("")) == [] and not (tmp_path / "store").exists(), "reading makes none"
+    objects.put(PACK, b"x")
+    inode = (tmp_path / "store/.lock").stat().st_ino
+    objects.swap("a", b"x", objects.swap("a", b"1", ABSENT) or "")
+    assert (tmp_path / "store/.lock").stat().st_ino == inode
+    assert sorted(info.key for info in objects.scan("")) == sorted([PACK, "a"])
