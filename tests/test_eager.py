@@ -58,8 +58,7 @@ def recorded(stage: Stage, path: str) -> bool:
 
 
 def wait_for(stage: Stage, *paths: str) -> None:
-    for path in paths:
-        until(lambda path=path: recorded(stage, path), what=f"{path} is stored")
+    until(lambda: all(recorded(stage, path) for path in paths), what=f"{paths} are stored")
 
 
 def crash(stage: Stage, place: Place) -> Stage:
