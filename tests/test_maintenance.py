@@ -127,6 +127,16 @@ def test_other_things_in_the_store_stay(store: NativeStore, tmp_path: Path) -> N
         assert Path(store.url, name).exists()
 
 
+def test_a_part_of_the_catalog_on_another_disk_counts(store: NativeStore, tmp_path: Path) -> None:
+    version = make(store, tmp_path, 0)
+    folder = Path(store.url, "catalog/acme")
+    folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to(tmp_path / "elsewhere")
+    assert gc(store, grace=ALL).removed == 0
+    assert store.entities() == ["acme"] and problems(store.url) == []
+    assert contents(open_store(store.url), version)
+
+
 def test_versions_expire(store: NativeStore, tmp_path: Path) -> None:
     for number, ttl in enumerate((None, 3600, 3600, None)):
         make(store, tmp_path, number, ttl=ttl, aliases=[f"a{number}"])
@@ -153,7 +163,7 @@ def test_an_expired_newest_version_hands_latest_over(store: NativeStore, tmp_pat
     assert gc(store, grace=ALL).expired == [] and longest.ttl == 1 << 47
 
 
-@pytest.mark.parametrize("damage", ["page", "lost page", "version", "stranger", "table"])
+@pytest.mark.parametrize("damage", ["page", "lost page", "version", "stranger", "broken link", "table"])
 def test_nothing_is_removed_while_something_cannot_be_read(store: NativeStore, tmp_path: Path, damage: str) -> None:
     first = make(store, tmp_path, 0)
     make(store, tmp_path, 1)
@@ -178,6 +188,8 @@ def test_nothing_is_removed_while_something_cannot_be_read(store: NativeStore, t
         Path(store.url, "catalog/acme/vision/bikes/versions/00000002.json").write_bytes(b"{}")
     elif damage == "stranger":
         Path(store.url, "catalog/lost+found").mkdir()
+    elif damage == "broken link":
+        Path(store.url, "catalog/acme/speech").symlink_to("/a/disk/that/is/not/mounted")
     else:
         table = file_at(store, last, "large").table
         assert table is not None

@@ -324,6 +324,7 @@ BAD_VERSIONS: list[dict[str, Any]] = [
     {"created_at": "9999999-01-01T00:00:00Z"},
     {"updated_at": ""},
     {"deleted_at": "x"},
+    {"state": "DELETED"},
     {"metadata": []},
     {"tags": [1]},
     {"ttl": -1},

@@ -123,7 +123,7 @@ def test_memory_is_bounded_to_a_few_packs(tmp_path: Path) -> None:
 
     filler = threading.Thread(target=fill)
     filler.start()
-    filler.join(1.0)
+    filler.join(0.3)
     assert filler.is_alive() and len(started) == 2 and len(added) == 2
     hold.set()
     filler.join(30)

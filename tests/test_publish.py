@@ -461,7 +461,7 @@ def test_a_folder_whose_walk_fails_makes_no_version(store: NativeStore, tmp_path
 
         def changes(self) -> Iterator[tuple[str, Change]]:
             for number in range(100):
-                yield f"{number:03d}", new_file(tmp_path / "x", os.urandom(3 * BLOCK if number == 50 else 1000))
+                yield f"{number:03d}", new_file(tmp_path / f"x{number}", os.urandom(3 * BLOCK if number == 50 else 1000))
             raise NotFoundError("the folder is gone")
 
     with nothing_leaks(), pytest.raises(NotFoundError, match="the folder is gone"):
@@ -500,6 +500,21 @@ def test_progress_counts_files_and_bytes(store: NativeStore, odd: Path) -> None:
     assert seen == sorted(seen)
     assert seen[-1][:2] == (version.file_count, version.size)
     assert seen[-1][2] == version.size - 5000, "what is there twice is stored once"
+
+
+@pytest.mark.parametrize("at", [1, 5, 12])
+def test_whoever_watches_may_stop_it(store: NativeStore, odd: Path, at: int) -> None:
+    """As Ctrl-C does."""
+    calls = []
+
+    def report(progress: Progress) -> None:
+        calls.append(progress.files)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+
+    with nothing_leaks(), pytest.raises(KeyboardInterrupt):
+        publish(store, draft(odd), report)
+    assert store.numbers(NAME) == [] and leftovers(store.url) == []
 
 
 # Others at the same time

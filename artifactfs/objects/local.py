@@ -106,7 +106,7 @@ class LocalObjects:
 
     def folders(self, prefix: str) -> list[str]:
         with self._errors("listing", prefix):
-            return sorted(entry.name for entry in self._entries(prefix) if entry.is_dir(follow_symlinks=False))
+            return sorted(entry.name for entry in self._entries(prefix) if entry.is_dir())  # or a link to one, on another disk
 
     def refresh(self, key: str) -> bool:
         target = f"{self.root}/{key}"

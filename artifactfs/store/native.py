@@ -25,7 +25,7 @@ import logging
 import re
 import threading
 import urllib.parse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import TypeAlias, TypeVar
 
 import msgspec
@@ -98,15 +98,24 @@ class NativeStore:
         """The names of all collections there ever were in a project, sorted."""
         return _names(self.objects.folders(f"catalog/{_quote(entity)}/{_quote(project)}/"), check_collection)
 
-    def strangers(
-        self, prefix: str = "catalog/", checks: Sequence[Check] = (check_entity, check_project, check_collection)
-    ) -> Iterator[str]:
+    def strangers(self) -> list[str]:
         """The keys of what lies in the catalog where a name must be, and is none. Readers pass over them."""
+        found = list(self._misnamed("catalog/", 0))
+        shallow = (info.key for info in self.objects.scan("catalog/") if info.key.count("/") <= len(_LEVELS))
+        for key in shallow:
+            # A link to a directory, as a part of a store on another disk is, counts as one; a broken link does not.
+            parent, _, name = key.rpartition("/")
+            below = any(key.startswith(f"{stranger}/") for stranger in found)
+            if not below and name not in self.objects.folders(f"{parent}/"):
+                found.append(key)
+        return found
+
+    def _misnamed(self, prefix: str, level: int) -> Iterator[str]:
         for part in self.objects.folders(prefix):
-            if _name_of(part, checks[0]) is None:
+            if _name_of(part, _LEVELS[level]) is None:
                 yield prefix + part
-            elif len(checks) > 1:
-                yield from self.strangers(f"{prefix}{part}/", checks[1:])
+            elif level + 1 < len(_LEVELS):
+                yield from self._misnamed(f"{prefix}{part}/", level + 1)
 
     def collection(self, name: ArtifactName) -> Collection:
         collection, _ = self._collection(name)
@@ -442,8 +451,10 @@ class NativeStore:
         if version.qualified_name != f"{name.path}:v{number}":
             raise IntegrityError(f"{key} in {self.url} says that it is {version.qualified_name}")
         try:
-            for time in (version.created_at, version.updated_at, version.deleted_at or version.created_at):
+            for time in (version.created_at, version.updated_at):
                 seconds(time)
+            if version.deleted_at or version.state == "DELETED":
+                seconds(version.deleted_at)
         except ValueError:
             raise IntegrityError(f"{key} in {self.url} has a time that is none") from None
         return version, etag
