@@ -22,7 +22,7 @@ import msgspec
 
 import artifactfs
 from artifactfs import control, mountpoint, registry
-from artifactfs.errors import ArtifactFSError, MountError, from_os_error
+from artifactfs.errors import ArtifactFSError, ConflictError, MountError, from_os_error
 from artifactfs.publish import Progress, Report
 from artifactfs.registry import MountRecord, MountRequest, Registry
 from artifactfs.settings import Settings
@@ -131,6 +131,8 @@ def unmount(
     """Unmount, and wait for the commit of a stage. ``discard`` gives its changes up; ``keep`` leaves them in
     the staging directory, to be resumed, and commits nothing; ``lazy`` does not wait for open files.
 
+    With ``discard``, ``path`` may also be a stage that is not mounted any more, by its mountpoint or its staging directory.
+
     ConflictError if files are open (nothing has happened then); MountError if it is not mounted or its daemon died (the
     mountpoint is free afterwards, a stage's changes are kept and the error says where); and whatever made the commit fail.
     """
@@ -138,7 +140,7 @@ def unmount(
     where = mountpoint.absolute(os.fspath(path))
     record = find(where, state)
     if record is None:
-        return _unmount_unknown(where, lazy)
+        return (_discard_left(where) if discard else None) or _unmount_unknown(where, lazy)
     registry_ = Registry(state)
     if record.state in ("mounted", "detached", "committing"):
         try:
@@ -253,9 +255,42 @@ def _socket(path: str | os.PathLike[str], state_dir: str | os.PathLike[str] | No
     record = find(path, state)
     if record is None:
         raise _unknown(mountpoint.absolute(os.fspath(path)))
+    if record.kind == "stage" and record.state in ("dead", "failed"):
+        raise MountError(
+            f"{record.mountpoint} is not mounted any more: {_ENDS[record.state]}; its changes are kept: artifactfs commit "
+            f"--resume {record.mountpoint}, or stage --resume to go on"
+        )
     if record.state == "dead":
         raise MountError(f"the daemon of {record.mountpoint} has died; `artifactfs unmount {record.mountpoint}` cleans up")
+    if record.state == "committed":
+        raise MountError(
+            f"{record.mountpoint} is not mounted any more: it was committed as {record.committed or 'no new version'}"
+        )
     return Registry(state).socket(record.id)
+
+
+_ENDS = {"dead": "its daemon died", "failed": "its commit failed"}
+
+
+def _discard_left(where: str) -> UnmountResult | None:
+    """Remove the stage that is not mounted and has this mountpoint or directory; None if there is none."""
+    stages = [_orphan(info) for info in list_stages(load_settings().staging_dir) if info.state in ("orphan", "damaged")]
+    found = [record for record in stages if where in (record.mountpoint, os.path.realpath(record.staging))]
+    if len(found) > 1:
+        directories = " or ".join(record.staging for record in found)
+        raise ConflictError(f"{len(found)} stages that were mounted on {where} are left; say which one: {directories}")
+    for record in found:
+        _remove_stage(record)
+        return UnmountResult(record, discarded=True)
+    return None
+
+
+def _remove_stage(record: MountRecord) -> None:
+    """Remove a staging directory and all that is in it. ConflictError if another process uses it."""
+    directory = StageDirectory(Path(record.staging))
+    directory.retire()
+    directory.close()
+    directory.remove()
 
 
 def _unmount_unknown(where: str, lazy: bool) -> UnmountResult:
@@ -302,7 +337,7 @@ def _collect(registry_: Registry, record: MountRecord, discard: bool) -> Unmount
     if record.kind == "mount" or record.state == "committed":
         return UnmountResult(record, record.committed, record.created)
     if discard:
-        StageDirectory(Path(record.staging)).remove()
+        _remove_stage(record)
         return UnmountResult(record, discarded=True)
     if record.error:
         raise control.unpack_error(record.error)

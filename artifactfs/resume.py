@@ -6,9 +6,13 @@ still have its mount.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from artifactfs import mountpoint
 from artifactfs.cache import BlockCache
@@ -17,8 +21,11 @@ from artifactfs.publish import Report
 from artifactfs.reader import Reader
 from artifactfs.registry import Registry
 from artifactfs.settings import Settings
-from artifactfs.staging import Stage, StageSpec, list_stages, read_spec
+from artifactfs.staging import Stage, StageInfo, StageSpec, list_stages, read_spec
 from artifactfs.store.urls import open_store
+
+_ENDING = 2.0
+"""Seconds in which a daemon that has told how its commit failed lets go of the staging directory."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -47,13 +54,21 @@ def find_stage(settings: Settings, path: str) -> Left:
     if os.path.isfile(directory / "stage.json"):  # False, not an error, where a dead mount is
         return Left(directory, read_spec(directory))
     where = mountpoint.absolute(path)
-    found = [stage for stage in list_stages(settings.staging_dir) if stage.spec is not None and stage.spec.mountpoint == where]
-    idle = [Left(stage.directory, stage.spec) for stage in found if stage.spec is not None and stage.state == "orphan"]
-    if idle:
-        return max(idle, key=lambda stage: stage.spec.created_at)
-    if any(stage.state == "active" for stage in found):
-        raise ConflictError(f"the stage of {path} is in use; artifactfs unmount {path} commits it")
-    raise NotFoundError(f"there is no stage to resume at {path}; `artifactfs mounts --all` lists them")
+    deadline = time.monotonic() + _ENDING
+    while True:
+        found = _stages_at(settings, where)
+        idle = [Left(stage.directory, stage.spec) for stage in found if stage.spec is not None and stage.state == "orphan"]
+        if idle:
+            return max(idle, key=lambda stage: stage.spec.created_at)
+        if not any(stage.state == "active" for stage in found):
+            raise NotFoundError(f"there is no stage to resume at {path}; `artifactfs mounts --all` lists them")
+        if mountpoint.at(where) is not None or time.monotonic() > deadline:
+            raise ConflictError(f"the stage of {path} is in use; artifactfs unmount {path} commits it")
+        time.sleep(0.01)  # its daemon has told the outcome and is about to let go
+
+
+def _stages_at(settings: Settings, where: str) -> list[StageInfo]:
+    return [stage for stage in list_stages(settings.staging_dir) if stage.spec is not None and stage.spec.mountpoint == where]
 
 
 def finish(settings: Settings, left: Left, report: Report | None = None) -> Finished:
@@ -61,23 +76,38 @@ def finish(settings: Settings, left: Left, report: Report | None = None) -> Fini
 
     ConflictError if another process uses it.
     """
+    with _opened(settings, left) as stage:
+        published = stage.commit(report, final=True)
+        stage.remove()
+    _forget(settings, left)
+    if published is None:
+        return Finished(left.spec.mountpoint, "", False)
+    return Finished(left.spec.mountpoint, published.version.qualified_name, published.created)
+
+
+def changes(settings: Settings, left: Left) -> list[dict[str, Any]]:
+    """What a stage that is not mounted adds, modifies and deletes: the fields of ``staging.StageChange``.
+
+    ConflictError if another process uses it.
+    """
+    with _opened(settings, left) as stage:
+        return [dataclasses.asdict(change) for change in stage.status()]
+
+
+@contextlib.contextmanager
+def _opened(settings: Settings, left: Left) -> Iterator[Stage]:
     store = open_store(left.spec.store)
     cache = BlockCache(settings.cache_dir, settings.cache_size)
     reader = Reader(store, cache)
     try:
         stage = Stage.resume(left.directory, store, reader)
         try:
-            published = stage.commit(report, final=True)
-            stage.remove()
+            yield stage
         finally:
             stage.close()
     finally:
         reader.close()
         cache.close()
-    _forget(settings, left)
-    if published is None:
-        return Finished(left.spec.mountpoint, "", False)
-    return Finished(left.spec.mountpoint, published.version.qualified_name, published.created)
 
 
 def _forget(settings: Settings, left: Left) -> None:

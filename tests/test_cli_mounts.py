@@ -255,6 +255,57 @@ def test_killed_stage_is_committed(afs: Program, logged: str, place: Path) -> No
     assert "there is no stage to resume" in afs("commit", "--resume", place, code=3).err
 
 
+@pytest.mark.parametrize("by", ["mountpoint", "directory"])
+@pytest.mark.parametrize("unmounted", [False, True])
+def test_killed_stage_is_looked_at_and_discarded(afs: Program, logged: str, place: Path, by: str, unmounted: bool) -> None:
+    record = afs("stage", logged, place, "--json").document
+    change(place)
+    changes = afs("status", place).out
+    os.kill(record["pid"], signal.SIGKILL)
+    until(lambda: afs("mounts", "--json").document[0]["state"] == "dead")
+    if unmounted:
+        afs("unmount", place, code=1)
+    else:
+        assert "commit --resume" in afs("commit", place, code=1).err
+    where = record["staging"] if by == "directory" and unmounted else place
+    assert afs("status", where).out == changes != ""
+    assert afs("unmount", "--discard", where, "--json").document["discarded"]
+    assert not os.path.exists(record["staging"])
+    assert afs("mounts", "--all", "--json").document == []
+    afs("unmount", "--discard", where, code=1)
+
+
+def test_several_stages_that_are_left(afs: Program, logged: str, place: Path) -> None:
+    records = []
+    for _ in range(2):
+        records.append(afs("stage", logged, place, "--json").document)
+        change(place)
+        os.kill(records[-1]["pid"], signal.SIGKILL)
+        until(lambda: {row["state"] for row in afs("mounts", "--json").document} == {"dead"})
+        afs("unmount", place, code=1)
+    ran = afs("unmount", "--discard", place, code=4)
+    assert all(record["staging"] in ran.err and os.path.exists(record["staging"]) for record in records)
+    for record in records:
+        afs("unmount", "--discard", record["staging"])
+    assert afs("mounts", "--all", "--json").document == []
+
+
+def test_commands_for_a_stage_that_has_ended(afs: Program, logged: str, place: Path) -> None:
+    afs("stage", logged, place, "--expect-base")
+    change(place)
+    afs("log", logged, place.parent / "folder" / "a.txt")
+    afs("unmount", place, code=4)
+    assert afs("status", place).out
+    afs("unmount", "--discard", place)
+    afs("stage", logged, place)
+    (place / "new").touch()
+    subprocess.run(["umount", place], check=True)
+    until(lambda: afs("mounts", "--all", "--json").document[0]["state"] == "committed")
+    for command in ("commit", "status"):
+        assert f"was committed as {logged}:v2" in afs(command, place, code=1).err
+    afs("unmount", place)
+
+
 def test_commands_for_stages_on_other_directories(afs: Program, logged: str, place: Path) -> None:
     for command in ("commit", "status"):
         assert afs(command, place, code=1).err.count("\n") == 1

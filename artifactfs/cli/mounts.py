@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from typing import Any
@@ -13,7 +14,7 @@ from artifactfs.cli import arguments, mount_options
 from artifactfs.cli.output import Column
 from artifactfs.cli.progress import progress
 from artifactfs.cli.session import Session, command, pass_session
-from artifactfs.errors import UsageError
+from artifactfs.errors import NotFoundError, UsageError
 from artifactfs.registry import MountRecord, MountRequest
 
 _UNCHANGED = "nothing was changed, so there is no new version"
@@ -137,7 +138,7 @@ def _start(session: Session, request: MountRequest, shown: str, foreground: bool
 
 @command("unmount")
 @click.argument("directory", metavar="DIR", type=click.Path())
-@click.option("--discard", is_flag=True, help="Give up what was changed in a stage.")
+@click.option("--discard", is_flag=True, help="Give up what was changed in a stage, also in one that is left uncommitted.")
 @click.option("--lazy", is_flag=True, help="Do not wait for open files: a stage commits when the last is closed.")
 @pass_session
 def unmount_command(session: Session, directory: str, discard: bool, lazy: bool) -> None:
@@ -195,11 +196,20 @@ def commit_command(session: Session, directory: str, again: bool) -> None:
 @click.argument("directory", metavar="DIR", type=click.Path())
 @pass_session
 def status_command(session: Session, directory: str) -> None:
-    """List what the stage mounted on DIR adds (A), modifies (M) and deletes (D)."""
-    rows = daemon.status(directory, state_dir=session.settings.state_dir)
+    """List what the stage mounted on DIR adds (A), modifies (M) and deletes (D); also of one that is left uncommitted."""
+    rows = _changes(session, directory)
     session.rows(rows, [Column("", lambda row: str(row["change"])[0].upper()), Column("", lambda row: row["path"])])
     if not rows:
         session.note("nothing was changed")
+
+
+def _changes(session: Session, directory: str) -> list[dict[str, Any]]:
+    """What is staged in the mount on ``directory``, or in the stage that was mounted there and is left."""
+    record = daemon.find(directory, session.settings.state_dir)
+    if record is None or record.state in ("dead", "failed"):
+        with contextlib.suppress(NotFoundError):
+            return resume.changes(session.settings, resume.find_stage(session.settings, directory))
+    return daemon.status(directory, state_dir=session.settings.state_dir)
 
 
 @command("mounts")
