@@ -461,6 +461,7 @@ def test_a_removed_file_stays_for_who_has_it_open(place: Place, base: bool) -> N
         assert stage.read(fh, 100, 0) == b"CON"
         put(stage, "/f", b"another")
         assert stage.read(fh, 100, 0) == b"CON"
+    stage.fsyncdir("/")
     assert len(os.listdir(stage.path / "data")) == 1
     assert get(place.resume(stage), "/f") == b"another"
 
@@ -896,21 +897,30 @@ def test_after_power_loss_unsynced_blocks_are_the_bases(place: Place, monkeypatc
     resumed.close()
 
 
-def test_after_power_loss_a_committed_and_rewritten_file_is_not_trusted(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("lost", [False, True])
+def test_after_power_loss_a_committed_file_is_the_versions_but_for_known_changes(
+    place: Place, monkeypatch: pytest.MonkeyPatch, lost: bool
+) -> None:
     stage = place.begin()
     put(stage, "/f", BIG)
     stage.commit()
     assert stage._node("/f").entry is not None
+    with opened(stage, "/f") as fh:
+        stage.write(fh, b"synced", BLOCK + 7)
+        stage.fsync(fh)
     number = stage._node("/f").data
     abandon(stage)
     with (stage.path / "data" / str(number)).open("r+b") as file:
         file.write(b"written, but the journal lost the record")
+        if lost:  # so is what the commit has stored, and only that
+            file.truncate(2 * BLOCK)
     monkeypatch.setattr(recovery, "boot_id", lambda: "after the power came back")
     resumed = Stage.resume(stage.path, place.store, place.reader)
     assert changes(resumed) == [("f", "modified", "file")]
     published = resumed.commit()
     assert published is not None
-    assert place.files(published.version) == {"f": get(resumed, "/f")}
+    expected = BIG[: BLOCK + 7] + b"synced" + BIG[BLOCK + 13 :]
+    assert place.files(published.version) == {"f": get(resumed, "/f")} == {"f": expected}
     resumed.close()
 
 

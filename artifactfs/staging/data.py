@@ -12,12 +12,20 @@ import contextlib
 import errno
 import os
 import threading
+from collections import deque
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from artifactfs.model import BLOCK, File, Ref
 from artifactfs.reader import Handle, Reader
+from artifactfs.staging.journal import Journal
 from artifactfs.staging.nodes import FileNode
+
+_MANY = 256
+_MUCH = 64 << 20
+"""Doomed files, and bytes of them, for which the journal is made durable: 2 ms, so that removing many is not slowed down."""
+_LITTLE = 256 << 20
+"""Free bytes below which space is given back at once."""
 
 
 class DataFile:
@@ -65,6 +73,11 @@ class DataDir:
     def numbers(self) -> set[int]:
         return {int(name) for name in os.listdir(self._fd) if name.isdecimal()}
 
+    def free(self) -> int:
+        """Bytes free on the disk."""
+        found = os.fstatvfs(self._fd)
+        return found.f_bavail * found.f_frsize
+
     def sync(self) -> None:
         """Make the names of the data files durable."""
         os.fsync(self._fd)
@@ -72,6 +85,44 @@ class DataDir:
     def close(self) -> None:
         os.close(self._fd)
         self._fd = -1
+
+
+class Doomed:
+    """Data files that nobody needs any more. They are removed once the journal that says so is durable: else power loss could
+    bring back what needs them. Threads may share it."""
+
+    def __init__(self, data: DataDir, journal: Journal) -> None:
+        self._data = data
+        self._journal = journal
+        self._waiting: deque[tuple[int, int]] = deque()
+        self._bytes = 0
+
+    def __bool__(self) -> bool:
+        return bool(self._waiting)
+
+    def add(self, number: int) -> None:
+        """Remove the data file when everything that is in the journal now is durable. Under the stage's lock."""
+        with contextlib.suppress(OSError):
+            self._bytes += self._data.stat(number).st_blocks * 512
+        self._waiting.append((self._journal.size, number))
+
+    def bury(self, all: bool = False) -> None:
+        """Remove what can be; without a lock, as it may take long for large files. When there is much to remove or little space,
+        or ``all`` is to be, the journal is made durable for that."""
+        if all or len(self._waiting) >= _MANY or self._bytes >= _MUCH or self._data.free() < _LITTLE:
+            with contextlib.suppress(OSError):
+                self._journal.sync()
+        durable = self._journal.durable
+        while self._waiting:
+            try:
+                item = self._waiting.popleft()
+            except IndexError:
+                return
+            if item[0] > durable:
+                self._waiting.appendleft(item)
+                return
+            self._data.remove(item[1])
+        self._bytes = 0
 
 
 class Below:

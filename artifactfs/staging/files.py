@@ -8,9 +8,11 @@ a new, empty data file.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import os
+import threading
 from collections.abc import Callable, Iterable
 from typing import NamedTuple, TypeVar
 
@@ -42,6 +44,8 @@ class Files:
         self._handles: dict[int, tuple[OpenFile, bool]] = {}
         self._numbers = itertools.count(1)
         self._open: set[OpenFile] = set()
+        self._replacing: set[FileNode] = set()
+        self._replacing_lock = threading.Lock()
         self.closed: Callable[[FileNode], None] = lambda node: None
         """Told of each file whose content was changed when nobody has it open any more, with the lock held."""
         self.activity = 0
@@ -144,6 +148,35 @@ class Files:
             node.durable = True
         if noted and node.nlink:
             self._ledger.note(("y", node.ino, list(noted)))
+
+    def replaced(self, node: FileNode) -> None:
+        """The file has taken the name of another one: it must not be seen there without its content. Call it with the lock."""
+        if node.data:
+            self._replacing.add(node)
+
+    def write_back(self, node: FileNode) -> None:
+        """Have the kernel begin to write the content to the disk, so that it is there when the journal is."""
+        with contextlib.suppress(OSError):
+            file = self._data.open(node.data)
+            os.posix_fadvise(file.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def sync_replaced(self) -> None:
+        """Make the content durable of everything that has replaced something; to be called before the names are."""
+        with self._replacing_lock:
+            with self._ledger.lock:
+                nodes, self._replacing = self._replacing, set()
+            if not nodes:
+                return
+            try:
+                for node in nodes:
+                    with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                        file = self._data.open(node.data)
+                        os.fdatasync(file.fd)
+                self._data.sync()
+            except BaseException:
+                with self._ledger.lock:
+                    self._replacing |= nodes
+                raise
 
     def localise(self, file: OpenFile, blocks: Iterable[int]) -> None:
         """Bring blocks of the base into the data file. They do not count as changed."""
@@ -361,7 +394,7 @@ class Files:
         file.retired.append(layout.below)
         file.arrange(data, None)
         if old:
-            self._data.remove(old)
+            self._ledger.doom(old)
 
 
 def layout_of(file: OpenFile) -> Layout:

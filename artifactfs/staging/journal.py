@@ -96,6 +96,16 @@ class Journal:
                 raise
             self._synced = size
 
+    @property
+    def size(self) -> int:
+        """Bytes that were appended so far."""
+        return self._size
+
+    @property
+    def durable(self) -> int:
+        """How many of them survive power loss for certain."""
+        return self._synced
+
     def close(self) -> None:
         """Close the file, synced if that is possible."""
         with contextlib.suppress(OSError):

@@ -27,10 +27,10 @@ class Unread(Exception):
 
 
 class Ledger:
-    """``lock`` is the stage's second lock: see :mod:`artifactfs.staging.stage`. ``bury`` is told the numbers of data files that
+    """``lock`` is the stage's second lock: see :mod:`artifactfs.staging.stage`. ``doom`` is told the numbers of data files that
     nobody needs any more; it is called with the lock held and must only remember them."""
 
-    def __init__(self, space: Namespace, journal: Journal, bury: Callable[[int], None]) -> None:
+    def __init__(self, space: Namespace, journal: Journal, doom: Callable[[int], None]) -> None:
         self.space = space
         self.journal = journal
         self.lock = threading.RLock()
@@ -38,7 +38,7 @@ class Ledger:
         self.careful = space.header.attempted
         """Whether writers must ask: a commit is under way, or one was attempted and nothing has changed since."""
         self._gate = threading.Condition(self.lock)
-        self._bury = bury
+        self._doom = doom
         self._numbers = itertools.count(space.header.next_id)
 
     def new_number(self) -> int:
@@ -88,7 +88,11 @@ class Ledger:
         """Drop a node that has no name and is not open. Call it with the lock."""
         self.space.nodes.pop(node.ino, None)
         if isinstance(node, FileNode) and node.data:
-            self._bury(node.data)
+            self.doom(node.data)
+
+    def doom(self, data: int) -> None:
+        """A data file is not needed any more."""
+        self._doom(data)
 
     def await_gate(self) -> None:
         with self.lock:

@@ -205,6 +205,12 @@ class FileNode(Node):
         self.dirty = {block for block in self.dirty if block < end} or _NONE
         self.fresh = {block for block in self.fresh if block < end} or _NONE
 
+    def fall_back(self) -> None:
+        """Of what a commit has stored, only the blocks that changed since are in the data file; none of them for certain."""
+        self.local = set(self.dirty)
+        self.fresh = set(self.dirty) or _NONE
+        self.floor = max(self.floor, self.visible)
+
     def add_local(self, blocks: Iterable[int]) -> None:
         if self.local is not None:
             self.fresh = _grown(self.fresh, [block for block in blocks if block not in self.local])

@@ -7,7 +7,7 @@ machine itself went down, the data files may lack what was not synced, although 
 - in blocks that are said to be local but were never synced, holes are filled from the base; a block that is all hole counts as
   not local;
 - what was stored ahead of a commit may be newer than what is left of the file: it is not used;
-- for a file that a commit had stored, it is not known what has changed since: it counts as changed as a whole.
+- of a file that a commit has stored, only the blocks that are known to have changed since are taken from the data file.
 """
 
 from __future__ import annotations
@@ -34,12 +34,11 @@ def boot_id() -> str:
     return ""
 
 
-def mend(space: Namespace, data: DataDir, reader: Reader, where: str) -> None:
-    """Make table and data files agree. ``where`` is for messages."""
+def mend(space: Namespace, data: DataDir, reader: Reader, where: str) -> set[int]:
+    """Make table and data files agree. Returns the numbers of the data files that are not needed any more, to be removed once the
+    table is durable. ``where`` is for messages."""
     files = [node for node in space.nodes.values() if isinstance(node, FileNode) and node.data]
     there = data.numbers()
-    for number in there - {node.data for node in files}:
-        data.remove(number)
     boot = boot_id()
     crashed = boot != space.header.boot
     for node in files:
@@ -56,14 +55,14 @@ def mend(space: Namespace, data: DataDir, reader: Reader, where: str) -> None:
     numbers = [ino for ino in space.nodes if ino < space.header.next_id or not ino >> 62]
     used = max([*numbers, *(node.data for node in files)], default=0)
     space.header = msgspec.structs.replace(space.header, boot=boot, next_id=max(space.header.next_id, used + 1))
+    return there - {node.data for node in files}
 
 
 def _distrust(node: FileNode, data: DataDir, reader: Reader, where: str) -> None:
     if node.entry is None:
         return
     if node.local is None:
-        node.set_own(node.data)
-        return
+        node.fall_back()
     if data.stat(node.data).st_size < node.floor:
         _resize(data, node, node.floor)
     if not node.fresh:

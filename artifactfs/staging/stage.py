@@ -39,7 +39,7 @@ from artifactfs.names import LATEST, check_metadata, check_new_alias, check_tags
 from artifactfs.publish import Draft, Published, Report, publish
 from artifactfs.reader import Reader
 from artifactfs.staging.changes import HIDDEN, Comparison, Plan, StageChange, StagedFolder, rebased
-from artifactfs.staging.data import DataDir, DataFile, OpenFile
+from artifactfs.staging.data import DataDir, DataFile, Doomed, OpenFile
 from artifactfs.staging.directory import StageDirectory, StageSpec
 from artifactfs.staging.eager import Eager, refresh
 from artifactfs.staging.files import Files
@@ -129,7 +129,7 @@ def _changing(operation: Callable[Concatenate[Stage, _P], _R]) -> Callable[Conca
                 self._learn(need)
             finally:
                 if self._doomed:
-                    self._bury()
+                    self._doomed.bury()
 
     return run
 
@@ -144,11 +144,14 @@ class Stage:
         self._directory = directory
         self._store = store
         self._space = space
-        self._doomed: list[int] = []
         self._data = DataDir(directory.fd, str(directory.path))
         try:
-            mend(space, self._data, reader, spec.name.path)
-            self._ledger = Ledger(space, Journal.create(directory.fd, space.records), self._doomed.append)
+            unused = mend(space, self._data, reader, spec.name.path)
+            journal = Journal.create(directory.fd, space.records)
+            for number in unused:  # only now, as nothing durable needs them any more
+                self._data.remove(number)
+            self._doomed = Doomed(self._data, journal)
+            self._ledger = Ledger(space, journal, self._doomed.add)
         except BaseException:
             self._data.close()
             raise
@@ -319,17 +322,17 @@ class Stage:
     def fsync(self, fh: int, datasync: bool = False) -> None:
         """Return once the file's content, and every name and attribute so far, survives power loss."""
         self._files.sync(fh, datasync)
-        self._ledger.journal.sync()
+        self._sync_names()
 
     def fsyncdir(self, path: str) -> None:
         """Return once every name and attribute so far survives power loss."""
-        self._ledger.journal.sync()
+        self._sync_names()
 
     def release(self, fh: int) -> None:
         """Give a handle back. Unknown ones are ignored."""
         self._files.release(fh)
         if self._doomed:
-            self._bury()
+            self._doomed.bury()
 
     # Changing names
 
@@ -368,9 +371,15 @@ class Stage:
         self._remove(directory, name, node)
         self._forget_dirs()
 
-    @_changing
     def rename(self, old: str, new: str, flags: int = 0) -> None:
         """Rename in one step, over what is at ``new``; ``flags``: RENAME_NOREPLACE or RENAME_EXCHANGE."""
+        replacing = self._rename(old, new, flags)
+        if replacing is not None:
+            self._files.write_back(replacing)
+
+    @_changing
+    def _rename(self, old: str, new: str, flags: int) -> FileNode | None:
+        """The file that has replaced another one, if it has content of its own."""
         if flags & ~(RENAME_NOREPLACE | RENAME_EXCHANGE) or flags == RENAME_NOREPLACE | RENAME_EXCHANGE:
             raise os_error(errno.EINVAL)
         if "/" in (old, new):
@@ -381,7 +390,7 @@ class Stage:
             raise os_error(errno.ENOENT)
         if isinstance(node, FileNode) and node.open and HIDDEN.fullmatch(target[1]):
             self._hide(node, source, target)
-            return
+            return None
         other = self._child(*target)
         _check_name(target[1])
         _check_rename(node, source[0], other, target[0], flags)
@@ -392,6 +401,10 @@ class Stage:
             self._move(node, source, other, target)
         if isinstance(node, DirNode) or isinstance(other, DirNode):
             self._forget_dirs()
+        if not isinstance(node, FileNode) or other is None or not node.data:
+            return None
+        self._files.replaced(node)
+        return node
 
     @_changing
     def link(self, old: str, new: str) -> None:
@@ -501,7 +514,7 @@ class Stage:
             if self._eager is not None:
                 self._eager.stop()
             self._files.close()
-            self._bury()
+            self._doomed.bury(all=True)
             self._ledger.journal.close()
             self._data.close()
             self._directory.close()
@@ -531,6 +544,7 @@ class Stage:
         if next(self._differences(), None) is None:
             return None if base is None else self._unchanged(base)
         if not header.attempted:
+            self._files.sync_replaced()
             self._ledger.set_header(attempted=True)
         spec = self.spec
         plan = self._plan()
@@ -559,6 +573,11 @@ class Stage:
 
     def _nothing_ahead(self, drain: bool) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self._eager is None else self._eager.suspended(drain)
+
+    def _sync_names(self) -> None:
+        self._files.sync_replaced()
+        self._ledger.journal.sync()
+        self._doomed.bury()
 
     def _plan(self) -> Plan:
         return Plan(self._ledger, self._files, self.label)
@@ -802,15 +821,6 @@ class Stage:
         if not isinstance(node, FileNode):
             raise os_error(errno.ENXIO)
         return self._files.acquire(node, self.label + path)
-
-    def _bury(self) -> None:
-        """Remove the data files that nobody needs any more; without the lock, as it may take long for large ones."""
-        while self._doomed:
-            try:
-                number = self._doomed.pop()
-            except IndexError:
-                return
-            self._data.remove(number)
 
 
 def _new_namespace(spec: StageSpec, base: Version | None) -> Namespace:
