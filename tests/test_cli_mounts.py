@@ -278,7 +278,9 @@ def test_killed_stage_is_looked_at_and_discarded(afs: Program, logged: str, plac
 def test_several_stages_that_are_left(afs: Program, logged: str, place: Path) -> None:
     records = []
     for _ in range(2):
-        records.append(afs("stage", logged, place, "--json").document)
+        ran = afs("stage", logged, place, "--json")
+        assert all(f"commit --resume {record['staging']}" in ran.err for record in records)
+        records.append(ran.document)
         change(place)
         os.kill(records[-1]["pid"], signal.SIGKILL)
         until(lambda: {row["state"] for row in afs("mounts", "--json").document} == {"dead"})

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from artifactfs import daemon, resume
+from artifactfs import daemon, mountpoint, resume
 from artifactfs.cli import arguments, mount_options
 from artifactfs.cli.output import Column
 from artifactfs.cli.progress import progress
@@ -95,6 +95,7 @@ def stage_command(
     elif len(words) != 2:
         raise UsageError("stage takes a NAME and a DIR (see artifactfs stage --help)")
     else:
+        _warn_of_left(session, words[1])
         request = daemon.request(
             session.settings,
             "stage",
@@ -109,6 +110,15 @@ def stage_command(
             **given,
         )
     _start(session, request, words[1], foreground)
+
+
+def _warn_of_left(session: Session, directory: str) -> None:
+    """Who stages anew where a stage died learns that what was in that one is not lost."""
+    where = mountpoint.absolute(directory)
+    for record in daemon.mounts(True, session.settings.state_dir):
+        if record.mountpoint == where and record.state in ("dead", "failed", "orphan") and os.path.isdir(record.staging):
+            how = f"artifactfs commit --resume {record.staging}"
+            session.warn(f"an earlier stage on {where} was not committed; its changes are kept: {how}")
 
 
 def _resume_request(session: Session, words: tuple[str, ...], given: dict[str, Any]) -> MountRequest:
