@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -213,6 +214,33 @@ def test_a_damaged_base_is_told(store: NativeStore, tmp_path: Path) -> None:
     path.write_bytes(content)
     with nothing_leaks(), pytest.raises(IntegrityError, match="block list"):
         log(open_store(store.url), patched(tmp_path / "p", data + b"x", file, {3}))
+
+
+def test_a_file_that_was_appended_to_many_times_needs_few_descriptors(store: NativeStore, tmp_path: Path) -> None:
+    data = os.urandom(2 * BLOCK)
+    file = log(store, new_file(tmp_path / "x", data))
+    for _ in range(40):
+        data += os.urandom(BLOCK)
+        file = log(store, patched(tmp_path / "p", data, file, {len(data) // BLOCK - 1}))
+    assert len({extent.object for extent in store.extents(file)}) == 41
+    content = store.local_content(file)
+    assert content is not None
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(2):
+        assert content.read(0, len(data)) == data
+    assert len(os.listdir("/proc/self/fd")) - before <= 16
+    content.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_file_beyond_all_bounds_is_refused_before_it_is_read(store: NativeStore) -> None:
+    with tempfile.NamedTemporaryFile(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as file:
+        try:
+            file.truncate((16 << 40) + 1)
+        except OSError:
+            pytest.skip("no file system here has such files")
+        with nothing_leaks(), pytest.raises(UsageError, match="at most 17592186044416"):
+            log(store, NewFile(file.name, False))
 
 
 def test_sparse_files(store: NativeStore, tmp_path: Path) -> None:

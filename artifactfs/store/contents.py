@@ -18,11 +18,15 @@ _AHEAD = 8 * BLOCK
 """What the kernel is asked to read ahead: some 16 ms of a disk of 500 MB/s."""
 
 
+_MAX_OPEN = 16
+"""Objects that a content keeps open: one that was appended to a thousand times lies in a thousand."""
+
+
 class LocalExtents:
     """A content read from the local files that hold it. Each block is checked when this process first reads it.
 
-    Objects are opened at the first read and stay open until :meth:`close`, and until the reads under way then are done; so a
-    collected garbage object is still readable to whoever had it open. Threads may share one.
+    Objects are opened at the first read, and the last 16 stay open until :meth:`close`, and until the reads under way then are
+    done; so a collected garbage object is still readable to whoever had it open. Threads may share one.
     """
 
     def __init__(
@@ -105,6 +109,8 @@ class LocalExtents:
             if object not in self._files:
                 path = self._objects.path(key)
                 assert path is not None
+                if len(self._files) >= _MAX_OPEN:
+                    del self._files[next(iter(self._files))]
                 try:
                     self._files[object] = _Opened(path)
                 except FileNotFoundError:

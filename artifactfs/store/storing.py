@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, MutableMapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from artifactfs.content import Checksum, Fingerprint, block_digest, content_id, fingerprint
+from artifactfs.content import MAX_CONTENT, Checksum, Fingerprint, block_digest, content_id, fingerprint
 from artifactfs.errors import ConflictError, UsageError, from_os_error
 from artifactfs.model import BLOCK, File
 from artifactfs.pack import PackWriter
@@ -105,6 +105,8 @@ class Storing:
 
     def _store_large(self, new: NewFile, fd: int, size: int, prior: File | None, changed: frozenset[int] | None) -> File:
         """``changed``: the blocks to read, None for all; the others are those of ``prior``."""
+        if size > MAX_CONTENT:
+            raise UsageError(f"{new.path} has {size} bytes; a file in a version has at most {MAX_CONTENT}")
         content = LargeContent(self._store, prior)
         checksum = Checksum(self._algorithm)
         try:
