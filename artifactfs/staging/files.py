@@ -46,6 +46,7 @@ class Files:
         self._open: set[OpenFile] = set()
         self._replacing: set[FileNode] = set()
         self._replacing_lock = threading.Lock()
+        ledger.journal.before_sync = self._sync_replaced
         self.closed: Callable[[FileNode], None] = lambda node: None
         """Told of each file whose content was changed when nobody has it open any more, with the lock held."""
         self.activity = 0
@@ -160,24 +161,6 @@ class Files:
             file = self._data.open(node.data)
             os.posix_fadvise(file.fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
-    def sync_replaced(self) -> None:
-        """Make the content durable of everything that has replaced something; to be called before the names are."""
-        with self._replacing_lock:
-            with self._ledger.lock:
-                nodes, self._replacing = self._replacing, set()
-            if not nodes:
-                return
-            try:
-                for node in nodes:
-                    with contextlib.suppress(FileNotFoundError):  # removed meanwhile
-                        file = self._data.open(node.data)
-                        os.fdatasync(file.fd)
-                self._data.sync()
-            except BaseException:
-                with self._ledger.lock:
-                    self._replacing |= nodes
-                raise
-
     def localise(self, file: OpenFile, blocks: Iterable[int]) -> None:
         """Bring blocks of the base into the data file. They do not count as changed."""
         with file.lock:
@@ -255,6 +238,24 @@ class Files:
         if node.early is not None:
             with self._ledger.lock:
                 node.early = None
+
+    def _sync_replaced(self) -> None:
+        """Make the content durable of everything that has replaced something, before the names are."""
+        with self._replacing_lock:
+            with self._ledger.lock:
+                nodes, self._replacing = self._replacing, set()
+            if not nodes:
+                return
+            try:
+                for node in nodes:
+                    with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                        file = self._data.open(node.data)
+                        os.fdatasync(file.fd)
+                self._data.sync()
+            except BaseException:
+                with self._ledger.lock:
+                    self._replacing |= nodes
+                raise
 
     def _close(self, file: OpenFile) -> list[Below | None]:
         """The last handle is gone."""

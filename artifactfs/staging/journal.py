@@ -51,6 +51,8 @@ class Journal:
         self._synced = size
         self._sync_lock = threading.Lock()
         self._broken = False
+        self.before_sync: Callable[[], None] = lambda: None
+        """Makes durable what records rely on."""
         self._refill()
 
     @classmethod
@@ -84,6 +86,7 @@ class Journal:
 
     def sync(self) -> None:
         """Return once every record appended before this call survives power loss."""
+        self.before_sync()
         wanted = self._size
         with self._sync_lock:
             if self._synced >= wanted:

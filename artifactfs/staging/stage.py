@@ -544,7 +544,6 @@ class Stage:
         if next(self._differences(), None) is None:
             return None if base is None else self._unchanged(base)
         if not header.attempted:
-            self._files.sync_replaced()
             self._ledger.set_header(attempted=True)
         spec = self.spec
         plan = self._plan()
@@ -575,7 +574,6 @@ class Stage:
         return contextlib.nullcontext() if self._eager is None else self._eager.suspended(drain)
 
     def _sync_names(self) -> None:
-        self._files.sync_replaced()
         self._ledger.journal.sync()
         self._doomed.bury()
 
