@@ -17,7 +17,7 @@ import operator
 import threading
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import msgspec
 import xxhash
@@ -84,16 +84,19 @@ class _SlimFile(msgspec.Struct, frozen=True, array_like=True, tag=0, gc=False):
 
 
 class _SlimDir(msgspec.Struct, frozen=True, array_like=True, tag=1, gc=False):
+    id: ClassVar[bytes] = b""
     name: str
     digest: Digest
     page: Page | None
 
 
 class _SlimSymlink(msgspec.Struct, frozen=True, array_like=True, tag=2, gc=False):
+    id: ClassVar[bytes] = b""
     name: str
 
 
 class _SlimRef(msgspec.Struct, frozen=True, array_like=True, tag=3, gc=False):
+    id: ClassVar[bytes] = b""
     name: str
 
 
@@ -102,6 +105,7 @@ class _SlimLeaf(msgspec.Struct, frozen=True, array_like=True, tag=0):
     entries: list[_SlimFile | _SlimDir | _SlimSymlink | _SlimRef]
 
 
+_id_of: Callable[[object], bytes] = operator.attrgetter("id")
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(_Leaf | _Index).decode
 _decode_slim = msgspec.msgpack.Decoder(_SlimLeaf | _Index).decode
@@ -242,8 +246,10 @@ class Tree:
             if isinstance(decoded, _Index):
                 stack.extend(child.page for child in reversed(decoded.children))
             else:
-                yield page, [entry.id if type(entry) is _SlimFile else b"" for entry in decoded.entries]
-                stack.extend(entry.page for entry in reversed(decoded.entries) if type(entry) is _SlimDir)
+                ids = list(map(_id_of, decoded.entries))
+                yield page, ids
+                if b"" in ids:
+                    stack.extend(entry.page for entry in reversed(decoded.entries) if type(entry) is _SlimDir)
 
     def entry_at(self, page: Page, position: int) -> Entry:
         """The entry at a position of a page of entries."""
