@@ -367,11 +367,18 @@ class Staged:
         return mounted
 
 
+@pytest.fixture(scope="module")
+def based(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The home directory of a user who has logged one version."""
+    made = Home(tmp_path_factory.mktemp("based") / "home")
+    made.afs("log", NAME, write_files(made.root.parent / "base", BASE), "--type", "dataset")
+    return made.root
+
+
 @pytest.fixture
-def home(tmp_path: Path) -> Iterator[Home]:
+def home(based: Path, tmp_path: Path) -> Iterator[Home]:
     """With one version of a collection."""
-    made = Home(tmp_path / "home")
-    made.afs("log", NAME, write_files(tmp_path / "base", BASE), "--type", "dataset")
+    made = Home(shutil.copytree(based, tmp_path / "home"))
     yield made
     made.close()
 
@@ -411,13 +418,14 @@ def test_pip_and_virtual_environments(staged: Staged, tmp_path: Path) -> None:
     assert staged.run(mounted / "venv/bin/python", "-c", "import tiny.m3; print(tiny.m3.value)") == "3\n"
 
 
-def test_pip_from_an_index(staged: Staged, tmp_path: Path) -> None:
+def test_pip_from_an_index(staged: Staged) -> None:
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     try:
-        staged.run(*pip, "download", "-q", "--no-deps", "-d", tmp_path / "wheels", "six==1.17.0")
+        staged.run(*pip, "install", "-q", "--no-deps", "--target", "site", "six==1.17.0")
     except AssertionError as error:
-        pytest.skip(f"the package index cannot be reached: {error}")
-    staged.run(*pip, "install", "-q", "--no-index", "--find-links", tmp_path / "wheels", "--target", "site", "six")
+        if "Could not find a version" not in str(error):
+            raise
+        pytest.skip("the package index cannot be reached")
     mounted = staged.finish()
     found = staged.run(sys.executable, "-c", "import six; print(six.__file__)", env={"PYTHONPATH": str(mounted / "site")})
     assert found.strip() == str(mounted / "site/six.py")
@@ -445,7 +453,7 @@ def test_git(staged: Staged, tmp_path: Path) -> None:
 _DATABASE_WRITER = """
 import sqlite3, sys
 database = sqlite3.connect(sys.argv[1], timeout=100, isolation_level=None)
-for _ in range(25):
+for _ in range(15):
     database.execute("begin immediate")
     count = database.execute("select count(*) from t").fetchone()[0]
     database.execute("insert into t values (?)", (count,))
@@ -455,7 +463,7 @@ database.close()
 
 
 def test_databases_written_by_four_processes(staged: Staged) -> None:
-    modes = ("wal", "delete", "truncate", "persist")
+    modes = ("wal", "delete", "truncate")
     for mode in modes:
         with contextlib.closing(sqlite3.connect(staged.path / f"{mode}.db")) as database:
             assert database.execute(f"pragma journal_mode = {mode}").fetchone() == (mode,)
@@ -472,7 +480,7 @@ def test_databases_written_by_four_processes(staged: Staged) -> None:
         answer = staged.run(
             "sqlite3", f"file:{mounted}/{mode}.db?immutable=1", "pragma integrity_check; select count(x), sum(x) from t"
         )
-        assert answer == "ok\n50|2450\n"
+        assert answer == "ok\n30|870\n"
 
 
 def test_archives_and_copies(staged: Staged, tmp_path: Path) -> None:
@@ -580,9 +588,9 @@ def test_npm_install(staged: Staged, tmp_path: Path) -> None:
 def test_fio_verifies_what_it_wrote(staged: Staged) -> None:
     verify = ["--fallocate=none", "--verify=crc32c", "--verify_fatal=1", "--do_verify=1", "--output=/dev/null"]
     for engine, *more in (("psync",), ("mmap",), ("sync",), ("libaio", "--iodepth=8"), ("libaio", "--iodepth=8", "--direct=1")):
-        job = ["--name=job", f"--filename={engine}{''.join(more)}", "--size=4m", "--bs=4k", "--rw=randrw", f"--ioengine={engine}"]
+        job = ["--name=job", f"--filename={engine}{''.join(more)}", "--size=2m", "--bs=4k", "--rw=randrw", f"--ioengine={engine}"]
         staged.run("fio", *job, *more, *verify)
-    together = ["--name=together", "--directory=.", "--numjobs=4", "--size=2m", "--bs=16k", "--rw=randwrite", "--ioengine=psync"]
+    together = ["--name=together", "--directory=.", "--numjobs=4", "--size=1m", "--bs=16k", "--rw=randwrite", "--ioengine=psync"]
     staged.run("fio", *together, *verify)
     staged.finish()
 
