@@ -159,7 +159,8 @@ def commit(path: str | os.PathLike[str], report: Report | None = None, **where: 
 
 
 def status(path: str | os.PathLike[str], **where: Any) -> list[dict[str, Any]]:
-    """What was added, modified and deleted in the stage at ``path``: the fields of ``staging.StageChange``."""
+    """What was added, modified and deleted in the stage at ``path``, and what a commit would leave out: the fields of
+    ``staging.StageChange``."""
     changes: list[dict[str, Any]] = control.ask(_socket(path, **where), {"op": "status"})
     return changes
 

@@ -228,7 +228,8 @@ def reference_key(ref: Ref) -> bytes:
 
 
 class Attributes(NamedTuple):
-    """What ``stat`` shows of a node of a file tree. ``mode`` includes the file type; times are ns since the epoch."""
+    """What ``stat`` shows of a node of a file tree. ``mode`` includes the file type; times are ns since the epoch. ``device`` is
+    the number of the device that a device node stands for."""
 
     mode: int
     ino: int
@@ -240,6 +241,7 @@ class Attributes(NamedTuple):
     atime: int
     mtime: int
     ctime: int
+    device: int = 0
 
 
 class Space(NamedTuple):

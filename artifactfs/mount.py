@@ -93,10 +93,10 @@ class WritableTree(Protocol):
     """What a staging mount asks of ``staging.Stage`` besides :class:`FileTree`'s calls; errors are as there."""
 
     def getattr(self, path: str, fh: int | None = None) -> Attributes: ...
-    def readdir(self, path: str) -> Iterable[tuple[str, int, int]]: ...
+    def opendir(self, path: str) -> Callable[[], Iterable[tuple[str, int, int]]]: ...
     def readlink(self, path: str) -> str: ...
     def create(self, path: str, mode: int, flags: int, owner: tuple[int, int]) -> int: ...
-    def mknod(self, path: str, mode: int, owner: tuple[int, int]) -> None: ...
+    def mknod(self, path: str, mode: int, owner: tuple[int, int], device: int) -> None: ...
     def open(self, path: str, flags: int) -> int: ...
     def read(self, fh: int, size: int, offset: int) -> bytes: ...
     def write(self, fh: int, data: bytes, offset: int) -> int: ...
@@ -313,7 +313,8 @@ class _Stream:
     """A directory being read: its items with the offset after each, which libfuse hands back to go on from there.
 
     ``dots`` are the inode numbers of ``.`` and ``..``, not 0: the C library passes over an item whose number is 0.
-    An open directory that can change is read whole when it is first asked for, so that offsets stay true meanwhile.
+    A directory that can change needs ``snapshot``: it is read whole when it is asked for from its beginning. What was in it
+    before keeps its offset then, because the kernel does not tell rewinddir(3) from seekdir(3) to the first place.
     """
 
     def __init__(self, items: Callable[[], Iterable[tuple[str, int, int]]], dots: tuple[int, int], snapshot: bool) -> None:
@@ -321,27 +322,38 @@ class _Stream:
         self._dots = [(name, stat.S_IFDIR, ino) for name, ino in zip((".", ".."), dots, strict=True)]
         self._snapshot = snapshot
         self._at = 0
-        self._rest: Iterator[tuple[str, int, int]] = iter(())
-        self._waiting: tuple[str, int, int] | None = None
+        self._taken: list[tuple[str, int, int] | None] = []
+        self._rest: Iterator[tuple[int, tuple[str, int, int]]] = iter(())
+        self._waiting: tuple[int, tuple[str, int, int]] | None = None
 
     def after(self, offset: int) -> Iterator[tuple[int, tuple[str, int, int]]]:
         """(offset after it, item) of the items from ``offset`` on. An item at which the caller stops comes again."""
         if offset == 0 or offset != self._at:
             self._restart(offset)
         while True:
-            item = self._waiting or next(self._rest, None)
-            if item is None:
+            found = self._waiting or next(self._rest, None)
+            if found is None:
                 return
-            self._waiting = item
-            yield self._at + 1, item
+            self._waiting = found
+            yield found
             self._waiting = None
-            self._at += 1
+            self._at = found[0]
 
     def _restart(self, offset: int) -> None:
-        items = self._items()
-        self._rest = itertools.islice(itertools.chain(self._dots, list(items) if self._snapshot else items), offset, None)
+        items: Iterable[tuple[str, int, int] | None] = self._taken
+        if not self._snapshot:
+            items = self._items()
+        elif offset == 0 or not self._taken:
+            items = self._taken = self._retaken()
+        numbered = itertools.islice(enumerate(itertools.chain(self._dots, items), 1), offset, None)
+        self._rest = ((after, item) for after, item in numbered if item is not None)
         self._at = offset
         self._waiting = None
+
+    def _retaken(self) -> list[tuple[str, int, int] | None]:
+        """The items as they are now: those that were there before at their places, None where one is gone, then the new ones."""
+        found = {item[0]: item for item in self._items()}
+        return [*(item and found.pop(item[0], None) for item in self._taken), *found.values()]
 
 
 class _Reading:
@@ -404,8 +416,11 @@ class _Reading:
         where = _decode(path)
         dots = (self._tree.getattr(where).ino, self._tree.getattr(os.path.dirname(where)).ino)
         number = next(self._numbers)
-        self._streams[number] = _Stream(lambda: self._tree.readdir(where), dots, self._snapshots)
+        self._streams[number] = _Stream(self._items(where), dots, self._snapshots)
         info.contents.fh = number
+
+    def _items(self, path: str) -> Callable[[], Iterable[tuple[str, int, int]]]:
+        return lambda: self._tree.readdir(path)
 
     def readdir(self, path: None, buffer: Any, fill: Any, offset: int, info: Any) -> None:
         entry = fuse.c_stat()
@@ -427,12 +442,17 @@ class _Writing(_Reading):
     def fgetattr(self, path: bytes | None, buffer: Any, info: Any) -> None:
         _fill(buffer.contents, self._tree.getattr(_decode(path or b""), info.contents.fh))
 
+    def _items(self, path: str) -> Callable[[], Iterable[tuple[str, int, int]]]:
+        """What lists the directory that is at ``path`` now, wherever it goes."""
+        items: Callable[[], Iterable[tuple[str, int, int]]] = self._tree.opendir(path)
+        return items
+
     def create(self, path: bytes, mode: int, info: Any) -> None:
         fields = info.contents
         fields.fh = self._tree.create(_decode(path), stat.S_IMODE(mode), fields.flags, _caller())
 
     def mknod(self, path: bytes, mode: int, device: int) -> None:
-        self._tree.mknod(_decode(path), mode, _caller())
+        self._tree.mknod(_decode(path), mode, _caller(), device)
 
     def write(self, path: None, buffer: Any, size: int, offset: int, info: Any) -> int:
         written: int = self._tree.write(info.contents.fh, ctypes.string_at(buffer, size), offset)
@@ -544,12 +564,13 @@ def _encode(name: str) -> bytes:
 
 def _fill(fields: Any, attributes: Attributes) -> None:
     """Write a ``struct stat``, which libfuse has zeroed."""
-    mode, ino, links, uid, gid, size, blocks, atime, mtime, ctime = attributes
+    mode, ino, links, uid, gid, size, blocks, atime, mtime, ctime, device = attributes
     fields.st_mode = mode
     fields.st_ino = ino
     fields.st_nlink = links
     fields.st_uid = uid
     fields.st_gid = gid
+    fields.st_rdev = device
     fields.st_size = size
     fields.st_blocks = blocks
     for spec, moment in ((fields.st_atimespec, atime), (fields.st_mtimespec, mtime), (fields.st_ctimespec, ctime)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +15,8 @@ from artifactfs.errors import ArtifactFSError, ConflictError
 from artifactfs.names import LATEST, check_metadata, check_new_alias, check_tags
 from artifactfs.registry import MountRecord
 from artifactfs.settings import Settings
+
+log = logging.getLogger(__name__)
 
 PathLike = str | os.PathLike[str]
 
@@ -97,6 +100,8 @@ def stage(
                 error.add_note(_keep(record, settings))
             raise
         staged.version, staged.created = result.committed or None, result.created
+        if result.record.warning:
+            log.warning("%s: %s", full, result.record.warning)
 
 
 def _is_mounted(record: MountRecord, settings: Settings) -> bool:

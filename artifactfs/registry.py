@@ -84,7 +84,8 @@ class MountRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     ``name`` is what is mounted, resolved: ``entity/project/name:v3``; a stage's is its collection's with the version it began
     from, if any. ``staging`` is a stage's directory. ``committed`` is the version that came of a stage, ``created`` whether it
-    is new; both are empty for one that had no changes. ``error`` is what made a stage's commit fail.
+    is new; both are empty for one that had no changes. ``error`` is what made a stage's commit fail, ``warning`` what to say
+    about one that did not.
     """
 
     id: str
@@ -101,6 +102,7 @@ class MountRecord(msgspec.Struct, frozen=True, kw_only=True):
     committed: str = ""
     created: bool = False
     error: dict[str, str] = {}
+    warning: str = ""
 
     @property
     def pid(self) -> int:

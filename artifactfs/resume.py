@@ -21,7 +21,7 @@ from artifactfs.publish import Report
 from artifactfs.reader import Reader
 from artifactfs.registry import Registry
 from artifactfs.settings import Settings
-from artifactfs.staging import Stage, StageInfo, StageSpec, list_stages, read_spec
+from artifactfs.staging import Stage, StageInfo, StageSpec, left_out_warning, list_stages, read_spec
 from artifactfs.store.urls import open_store
 
 _ENDING = 2.0
@@ -38,11 +38,13 @@ class Left:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Finished:
-    """What came of a stage: the version's qualified name, "" if there is none, and whether it is new."""
+    """What came of a stage: the version's qualified name, "" if there is none, and whether it is new. ``warning`` is a line
+    about what was left out, "" if nothing was."""
 
     mountpoint: str
     committed: str
     created: bool
+    warning: str = ""
 
 
 def find_stage(settings: Settings, path: str) -> Left:
@@ -77,16 +79,18 @@ def finish(settings: Settings, left: Left, report: Report | None = None) -> Fini
     ConflictError if another process uses it.
     """
     with _opened(settings, left) as stage:
+        warning = left_out_warning(stage.left_out())
         published = stage.commit(report, final=True)
         stage.remove()
     _forget(settings, left)
     if published is None:
-        return Finished(left.spec.mountpoint, "", False)
-    return Finished(left.spec.mountpoint, published.version.qualified_name, published.created)
+        return Finished(left.spec.mountpoint, "", False, warning)
+    return Finished(left.spec.mountpoint, published.version.qualified_name, published.created, warning)
 
 
 def changes(settings: Settings, left: Left) -> list[dict[str, Any]]:
-    """What a stage that is not mounted adds, modifies and deletes: the fields of ``staging.StageChange``.
+    """What a stage that is not mounted adds, modifies and deletes, and what a commit leaves out: the fields of
+    ``staging.StageChange``.
 
     ConflictError if another process uses it.
     """

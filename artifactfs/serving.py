@@ -33,7 +33,7 @@ from artifactfs.names import ArtifactName
 from artifactfs.publish import Progress, Published
 from artifactfs.reader import BUDGET, Reader
 from artifactfs.registry import MountRecord, MountRequest, Registry
-from artifactfs.staging import Stage, StageSpec, read_spec
+from artifactfs.staging import Stage, StageSpec, left_out_warning, read_spec
 from artifactfs.store import Store
 from artifactfs.store.urls import open_store
 from artifactfs.view import FRESH, BrowseView, DiffView, FileTree, VersionView
@@ -204,8 +204,9 @@ class _Serving:
             self._save(state="failed", error=control.pack_error(left))
             return
         self._save(state="committing")
+        warning = _warn(stage)
         published = stage.commit(self._report, final=True)
-        self._save(state="committed", **_made(published))
+        self._save(state="committed", warning=warning, **_made(published))
         stage.remove()
 
     def _fail(self, error: BaseException) -> ArtifactFSError:
@@ -276,8 +277,10 @@ class _Serving:
 
         def work() -> None:
             try:
+                warning = _warn(stage)
                 made = _made(stage.commit(self._report))
-                outcome.append({"result": {"record": msgspec.to_builtins(self._record), **made}})
+                record = {**msgspec.to_builtins(self._record), "warning": warning}
+                outcome.append({"result": {"record": record, **made}})
             except BaseException as error:
                 outcome.append({"error": control.pack_error(error)})
             finally:
@@ -426,6 +429,14 @@ def _check_type(given: str, store: Store, name: ArtifactName) -> None:
         return
     if given and known != given:
         raise UsageError(f"{name.path} already exists with type {known!r}, not {given!r}; use that type or another name")
+
+
+def _warn(stage: Stage) -> str:
+    """One line about what a commit of the stage leaves out, which is also logged; "" if there is nothing."""
+    warning = left_out_warning(stage.left_out())
+    if warning:
+        log.warning("%s", warning)
+    return warning
 
 
 def _made(published: Published | None) -> dict[str, Any]:

@@ -168,6 +168,8 @@ def _ended(session: Session, result: daemon.UnmountResult) -> None:
         "discarded": result.discarded,
         "detached": result.detached,
     }
+    if record.warning:
+        session.warn(record.warning)
     if record.kind == "stage":
         session.note(_outcome(result))
     elif result.detached:
@@ -196,7 +198,9 @@ def commit_command(session: Session, directory: str, again: bool) -> None:
             finished = resume.finish(session.settings, resume.find_stage(session.settings, directory), report)
         else:
             result = daemon.commit(directory, report, state_dir=session.settings.state_dir)
-            finished = resume.Finished(result.record.mountpoint, result.committed, result.created)
+            finished = resume.Finished(result.record.mountpoint, result.committed, result.created, result.record.warning)
+    if finished.warning:
+        session.warn(finished.warning)
     document = {"mountpoint": finished.mountpoint, "committed": finished.committed or None, "created": finished.created}
     session.note("committed" if finished.created else _UNCHANGED)
     session.result(document, [finished.committed] if finished.committed else [])
@@ -206,7 +210,8 @@ def commit_command(session: Session, directory: str, again: bool) -> None:
 @click.argument("directory", metavar="DIR", type=click.Path())
 @pass_session
 def status_command(session: Session, directory: str) -> None:
-    """List what the stage mounted on DIR adds (A), modifies (M) and deletes (D); also of one that is left uncommitted."""
+    """List what the stage mounted on DIR adds (A), modifies (M) and deletes (D), and what a commit leaves out (I): sockets, FIFOs
+    and device nodes; also of one that is left uncommitted."""
     rows = _changes(session, directory)
     session.rows(rows, [Column("", lambda row: str(row["change"])[0].upper()), Column("", lambda row: row["path"])])
     if not rows:

@@ -16,7 +16,7 @@
     directory.py   the stage's directory: specification, lock, result
 """
 
-from artifactfs.staging.changes import StageChange, StagedFolder
+from artifactfs.staging.changes import StageChange, StagedFolder, left_out_warning
 from artifactfs.staging.directory import StageInfo, StageSpec, list_stages, read_spec
 from artifactfs.staging.stage import RENAME_EXCHANGE, RENAME_NOREPLACE, Stage
 
@@ -28,6 +28,7 @@ __all__ = [
     "StageInfo",
     "StageSpec",
     "StagedFolder",
+    "left_out_warning",
     "list_stages",
     "read_spec",
 ]

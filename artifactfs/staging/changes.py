@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import stat
 from collections.abc import Callable, Iterator
 from typing import Literal, TypeAlias
 
@@ -37,15 +38,20 @@ HIDDEN = re.compile(r"\.fuse_hidden[0-9a-f]{16}")
 _FEW = 64
 """Names up to which looking each up is cheaper than listing a directory of unknown size."""
 
-Kind: TypeAlias = Literal["file", "directory", "symlink", "reference"]
+Kind: TypeAlias = Literal["file", "directory", "symlink", "reference", "fifo", "socket", "device"]
+
+_SPECIAL_KINDS: dict[int, Kind] = {stat.S_IFIFO: "fifo", stat.S_IFSOCK: "socket", stat.S_IFCHR: "device", stat.S_IFBLK: "device"}
+_NAMED = 3
+"""Paths that a message names at most."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StageChange:
-    """One difference between a stage and what it lies over. ``path`` is relative; ``size`` is in bytes, 0 but for files."""
+    """One difference between a stage and what it lies over. ``path`` is relative; ``size`` is in bytes, 0 but for files.
+    ``ignored`` is what a version cannot hold, so that no commit takes it along."""
 
     path: str
-    change: Literal["added", "modified", "deleted"]
+    change: Literal["added", "modified", "deleted", "ignored"]
     kind: Kind
     size: int
 
@@ -234,6 +240,30 @@ class Comparison:
             return StageChange(path, change, "reference" if reference else "file", size)
         assert isinstance(item, (File, Ref))
         return StageChange(path, change, "reference" if isinstance(item, Ref) else "file", max(item.size, 0))
+
+
+def special_files(ledger: Ledger) -> Iterator[StageChange]:
+    """The FIFOs, sockets and device nodes that are staged, in no certain order."""
+    stack = [("", ledger.space.root)]
+    while stack:
+        prefix, directory = stack.pop()
+        with ledger.lock:
+            children = list(directory.children.items())
+        for name, node in children:
+            if isinstance(node, DirNode):
+                stack.append((f"{prefix}{name}/", node))
+            elif isinstance(node, SpecialNode):
+                yield StageChange(prefix + name, "ignored", _SPECIAL_KINDS[stat.S_IFMT(node.mode)], 0)
+
+
+def left_out_warning(left_out: list[StageChange]) -> str:
+    """One line about what no commit takes along; "" if there is nothing."""
+    if not left_out:
+        return ""
+    named = [f"{change.path} ({change.kind})" for change in left_out[:_NAMED]]
+    if len(left_out) > _NAMED:
+        named.append(f"{len(left_out) - _NAMED} more")
+    return "not committed, as a version holds only files, directories and symlinks: " + ", ".join(named)
 
 
 _Steps: TypeAlias = "Iterator[StageChange | _Steps]"

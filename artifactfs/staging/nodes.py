@@ -13,6 +13,7 @@ Deltas (``id`` is an inode number, ``entry`` an entry's msgpack form):
     ("n", id, mode, uid, gid, atime, mtime, ctime)     a node, of the kind that mode says, empty and linked nowhere
     ("e", id, entry)                                   directory: its listing is that of the stored entry
     ("s", id, target)                                  it is a symlink to target
+    ("p", id, device)                                  it is a device node for device
     ("d", id, name, child, masked)                     in directory id, name is child, or nothing if that is 0; masked: the base
                                                        has the name too (0 no, 1 yes, 2 as a directory)
     ("r", id, name)                                    directory id has no such child any more, nor has its base
@@ -305,9 +306,13 @@ class LinkNode(Node):
 
 
 class SpecialNode(Node):
-    """A FIFO or a socket, which only the kernel gives a meaning; never committed."""
+    """A FIFO, a socket or a device node, which only the kernel gives a meaning; never committed."""
 
-    __slots__ = ()
+    __slots__ = ("device",)
+
+    def __init__(self, *args: int) -> None:
+        super().__init__(*args)
+        self.device = 0
 
 
 class Namespace:
@@ -325,6 +330,7 @@ class Namespace:
             "e": self._entry,
             "z": self._content,
             "s": self._symlink,
+            "p": self._special,
             "d": self._put,
             "r": self._remove,
             "t": self._times,
@@ -411,6 +417,8 @@ class Namespace:
             deltas.append(("e", node.ino, _encode(node.base)))
         elif isinstance(node, LinkNode):
             deltas.append(("s", node.ino, node.target))
+        elif isinstance(node, SpecialNode) and node.device:
+            deltas.append(("p", node.ino, node.device))
         deltas.extend(("x", node.ino, name, value) for name, value in (node.xattrs or {}).items())
         return deltas
 
@@ -469,6 +477,11 @@ class Namespace:
 
     def _symlink(self, ino: int, target: str) -> None:
         self._link(ino).target = target
+
+    def _special(self, ino: int, device: int) -> None:
+        node = self.nodes[ino]
+        assert isinstance(node, SpecialNode)
+        node.device = device
 
     def _put(self, ino: int, name: str, child: int, masked: int) -> None:
         directory = self._dir(ino)

@@ -38,7 +38,7 @@ from artifactfs.model import Attributes, Dir, Entry, Ref, Space, Version, refere
 from artifactfs.names import LATEST, check_metadata, check_new_alias, check_tags, check_type
 from artifactfs.publish import Draft, Published, Report, publish
 from artifactfs.reader import Reader
-from artifactfs.staging.changes import HIDDEN, Comparison, Plan, StageChange, StagedFolder, rebased
+from artifactfs.staging.changes import HIDDEN, Comparison, Plan, StageChange, StagedFolder, rebased, special_files
 from artifactfs.staging.data import DataDir, DataFile, Doomed, OpenFile
 from artifactfs.staging.directory import StageDirectory, StageSpec
 from artifactfs.staging.eager import Eager, refresh
@@ -53,6 +53,7 @@ from artifactfs.staging.nodes import (
     LinkNode,
     Namespace,
     Node,
+    SpecialNode,
     base_ino,
     base_kind,
     entry_mode,
@@ -81,7 +82,8 @@ _REMEMBERED_ANSWERS = 1 << 15
 _COUNTED = 64
 """Entries up to which a base directory is listed to count its subdirectories for ``st_nlink``; a larger one says 1."""
 
-_STAGED_KINDS = (stat.S_IFREG, stat.S_IFIFO, stat.S_IFSOCK)
+_DEVICE_KINDS = (stat.S_IFCHR, stat.S_IFBLK)
+_SPECIAL_KINDS = (stat.S_IFIFO, stat.S_IFSOCK, *_DEVICE_KINDS)
 _DIR_SIZE = 4096
 _EPOCH = datetime.datetime.fromtimestamp(0, datetime.UTC)
 
@@ -212,12 +214,30 @@ class Stage:
 
     @_reading
     def getattr(self, path: str, fh: int | None = None) -> Attributes:
-        """The attributes of ``path``, or of the open file ``fh``."""
-        return self._attributes(self._node(path) if fh is None else self._files.handle(fh).node)
+        """The attributes of ``path``, or of the open file ``fh``. At a path to which libfuse has hidden an open file the link
+        count is one too high: libfuse counts the name that it believes to be there, and subtracts it."""
+        if fh is not None:
+            return self._attributes(self._files.handle(fh).node)
+        found = self._attributes(self._node(path))
+        if self._hidden and self._is_hidden(path):
+            found = found._replace(nlink=found.nlink + 1)
+        return found
 
     def readdir(self, path: str) -> Iterator[tuple[str, int, int]]:
         """(name, mode, inode number) of everything in a directory, without ``.`` and ``..``, as it is at the first step."""
-        listing = self._listing(path)
+        return self.opendir(path)()
+
+    @_reading
+    def opendir(self, path: str) -> Callable[[], Iterator[tuple[str, int, int]]]:
+        """What lists a directory as :meth:`readdir` does, each time anew, also after it was renamed or removed."""
+        node = self._node(path)
+        if not isinstance(node, DirNode):
+            raise os_error(errno.ENOTDIR)
+        return lambda: self._list(node)
+
+    def _list(self, directory: DirNode) -> Iterator[tuple[str, int, int]]:
+        with self._ledger.lock:
+            listing = _Listing(directory.ino, directory.base, directory.children.copy())
         children = listing.children
         if listing.base is not None:
             for entry in self._store.tree.entries(listing.base):
@@ -269,16 +289,16 @@ class Stage:
             raise
         return fh
 
-    def mknod(self, path: str, mode: int, owner: tuple[int, int]) -> None:
-        """A new, empty file, FIFO or socket, as the type in ``mode`` says. Devices are EPERM. FIFOs and sockets work while the
-        stage is mounted, and are never committed."""
+    def mknod(self, path: str, mode: int, owner: tuple[int, int], device: int = 0) -> None:
+        """A new, empty file, FIFO, socket or node of ``device``, as the type in ``mode`` says. All but files are there, and FIFOs
+        and sockets work, while the stage is mounted, and are never committed: :meth:`left_out`."""
         kind = stat.S_IFMT(mode) or stat.S_IFREG
-        if kind not in _STAGED_KINDS:
-            raise os_error(errno.EPERM)
         if kind == stat.S_IFREG:
             self.release(self.create(path, mode, os.O_WRONLY | os.O_EXCL, owner))
+        elif kind in _SPECIAL_KINDS:
+            self._make(path, kind | mode & 0o7777, owner, device=device if kind in _DEVICE_KINDS else 0)
         else:
-            self._make(path, kind | mode & 0o7777, owner)
+            raise os_error(errno.EINVAL)
 
     def open(self, path: str, flags: int) -> int:
         """A handle for an existing file. O_TRUNC empties it without reading anything."""
@@ -475,8 +495,12 @@ class Stage:
     # What becomes of it
 
     def status(self) -> list[StageChange]:
-        """What differs from the base, sorted by path."""
-        return sorted(self._differences(), key=lambda change: change.path)
+        """What differs from the base, and what a commit leaves out, sorted by path."""
+        return sorted([*self._differences(), *self.left_out()], key=lambda change: change.path)
+
+    def left_out(self) -> list[StageChange]:
+        """What is there and no commit takes along: FIFOs, sockets and device nodes."""
+        return list(special_files(self._ledger))
 
     def folder(self) -> StagedFolder:
         """What a commit would publish. Nothing may change while it is read."""
@@ -659,6 +683,10 @@ class Stage:
             return None
         return self._space.floating(directory, entry, self._entry_size(entry))
 
+    def _is_hidden(self, path: str) -> bool:
+        directory, name = self._parent(path)
+        return (directory.ino, name) in self._hidden
+
     def _entry_size(self, entry: Entry) -> int:
         """The size of a file's content, 0 for anything else."""
         if isinstance(entry, Ref) and entry.size < 0:
@@ -679,17 +707,11 @@ class Stage:
             self._answers.clear()
         self._answers[need.key] = found
 
-    @_reading
-    def _listing(self, path: str) -> _Listing:
-        node = self._node(path)
-        if not isinstance(node, DirNode):
-            raise os_error(errno.ENOTDIR)
-        return _Listing(node.ino, node.base, node.children.copy())
-
     def _attributes(self, node: Node) -> Attributes:
         size = blocks = 0
         mtime, ctime = node.mtime, node.ctime
         links = node.nlink
+        device = 0
         if isinstance(node, FileNode):
             size, blocks, mtime, ctime = self._files.stat(node)
         elif isinstance(node, DirNode):
@@ -697,7 +719,9 @@ class Stage:
             size, blocks = _DIR_SIZE, _DIR_SIZE // 512
         elif isinstance(node, LinkNode):
             size = len(node.target.encode())
-        return Attributes(node.mode, node.ino, links, node.uid, node.gid, size, blocks, node.atime, mtime, ctime)
+        elif isinstance(node, SpecialNode):
+            device = node.device
+        return Attributes(node.mode, node.ino, links, node.uid, node.gid, size, blocks, node.atime, mtime, ctime, device)
 
     def _count_links(self, directory: DirNode) -> int:
         base = directory.base
@@ -721,12 +745,14 @@ class Stage:
         return self._files.add_handle(file, True)
 
     @_changing
-    def _make(self, path: str, mode: int, owner: tuple[int, int], target: str | None = None) -> None:
+    def _make(self, path: str, mode: int, owner: tuple[int, int], target: str | None = None, device: int = 0) -> None:
         """A new node that is no regular file."""
         directory, name = self._place(path)
         uid, gid, bits = _inherited(directory, owner, mode & 0o7777, stat.S_ISDIR(mode))
         number = self._ledger.new_number()
         content: list[Delta] = [] if target is None else [("s", number, target)]
+        if device:
+            content.append(("p", number, device))
         self._add(directory, name, number, stat.S_IFMT(mode) | bits, uid, gid, *content)
 
     def _place(self, path: str) -> _Place:
