@@ -48,8 +48,7 @@ class Draft:
     ``type`` "" means the collection's own, and for a new one :data:`DEFAULT_TYPE`. ``aliases`` are set besides ``latest``.
     ``expect_base``: fail with a ConflictError unless the collection's newest version is this number (-1: unless it has none);
     None: no condition. ``base`` is the number of the version it was derived from, for the record. ``retry``: an earlier attempt
-    at this commit may have made its version. ``stored`` are contents, by
-    id, that were stored ahead of this commit and are there.
+    at this commit may have made its version. ``stored`` are contents, by id, that were stored ahead of this commit and are there.
     """
 
     name: ArtifactName

@@ -155,7 +155,7 @@ def work_until_power_fails(disk: Disk, directory: Path, store: str, turns: int) 
     return promised
 
 
-@pytest.mark.parametrize("turns", [3, 60, 400])
+@pytest.mark.parametrize("turns", [3, 60, 200])
 def test_what_was_synced_is_there_after_power_loss(place: Place, disk: Disk, another_boot: None, turns: int) -> None:
     place.based(base=BIG).remove()
     directory = disk.path / "stages/one"

@@ -220,6 +220,7 @@ class Eager:
             self._news.wait(None if until == _NEVER else max(until - time.monotonic(), 0.0))
         self._idle = False
         self._news.clear()
+        self._rested, self._activity = time.monotonic(), self._files.activity
 
     def _attempt(self, action: Callable[[], None]) -> None:
         try:
