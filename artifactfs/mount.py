@@ -85,7 +85,6 @@ PATIENCE = 0.005
 to wait for who comes after one that does."""
 
 _MAX_READ = 128 << 10  # the most that one request of libfuse 2's protocol can ask for
-_STAT_BLOCK = 512  # statfs counts in these: fine enough for a version of a few files to show its size
 _REPEATS = 10.0  # seconds for which the same failure is not logged again: a program may retry in a loop
 
 
@@ -102,6 +101,7 @@ class WritableTree(Protocol):
     def write(self, fh: int, data: bytes, offset: int) -> int: ...
     def truncate(self, path: str, size: int) -> None: ...
     def ftruncate(self, fh: int, size: int) -> None: ...
+    def fallocate(self, fh: int, mode: int, offset: int, length: int) -> None: ...
     def fsync(self, fh: int, datasync: bool) -> None: ...
     def fsyncdir(self, path: str) -> None: ...
     def release(self, fh: int) -> None: ...
@@ -207,6 +207,23 @@ class Session:
             key, equals, value = option.partition("=")
             known[key] = value if equals else True
         return known
+
+
+class _Operations(fuse.fuse_operations):  # type: ignore[misc]  # fusepy has no types
+    """``struct fuse_operations`` of libfuse 2.9, of which fusepy leaves out the end."""
+
+    _fields_ = (
+        ("poll", ctypes.c_void_p),
+        ("write_buf", ctypes.c_void_p),
+        ("read_buf", ctypes.c_void_p),
+        ("flock", ctypes.c_void_p),
+        (
+            "fallocate",
+            ctypes.CFUNCTYPE(
+                ctypes.c_int, ctypes.c_char_p, ctypes.c_int, fuse.c_off_t, fuse.c_off_t, ctypes.POINTER(fuse.fuse_file_info)
+            ),
+        ),
+    )
 
 
 class _Turn:
@@ -360,6 +377,8 @@ class _Reading:
     """The operations of a read-only mount: each method is one that libfuse is given."""
 
     _snapshots = False
+    _unit = 512
+    """Bytes that statfs counts in: few enough for a version of a few small files to show its size."""
 
     def __init__(self, tree: Any, started: Callable[[], None]) -> None:
         self._tree = tree
@@ -396,9 +415,9 @@ class _Reading:
     def statfs(self, path: bytes, buffer: Any) -> None:
         space: Space = self._tree.statfs()
         fields = buffer.contents
-        fields.f_bsize = fields.f_frsize = _STAT_BLOCK
-        fields.f_blocks = -(-space.total // _STAT_BLOCK)
-        fields.f_bfree = fields.f_bavail = space.free // _STAT_BLOCK
+        fields.f_bsize = fields.f_frsize = self._unit
+        fields.f_blocks = -(-space.total // self._unit)
+        fields.f_bfree = fields.f_bavail = space.free // self._unit
         fields.f_files = space.files
         fields.f_ffree = fields.f_favail = space.files_free
         fields.f_namemax = 255
@@ -438,6 +457,7 @@ class _Writing(_Reading):
     """The operations of a staging mount."""
 
     _snapshots = True
+    _unit = 4096
 
     def fgetattr(self, path: bytes | None, buffer: Any, info: Any) -> None:
         _fill(buffer.contents, self._tree.getattr(_decode(path or b""), info.contents.fh))
@@ -463,6 +483,9 @@ class _Writing(_Reading):
 
     def ftruncate(self, path: None, length: int, info: Any) -> None:
         self._tree.ftruncate(info.contents.fh, length)
+
+    def fallocate(self, path: None, mode: int, offset: int, length: int, info: Any) -> None:
+        self._tree.fallocate(info.contents.fh, mode, offset, length)
 
     def fsync(self, path: None, datasync: int, info: Any) -> None:
         self._tree.fsync(info.contents.fh, bool(datasync))
@@ -524,8 +547,8 @@ def _answer(function: Callable[..., int | None], *args: Any) -> int:
 
 def _table(adapter: _Reading) -> Any:
     """The operations that ``adapter`` has, as libfuse takes them."""
-    table = fuse.fuse_operations()
-    for name, prototype, *bits in fuse.fuse_operations._fields_:
+    table = _Operations()
+    for name, prototype, *bits in (*fuse.fuse_operations._fields_, *_Operations._fields_):
         method = getattr(adapter, name, None)
         if method is not None and not bits:
             setattr(table, name, prototype(functools.partial(_answer, method)))

@@ -438,12 +438,25 @@ def test_sparse_files(place: Path) -> None:
             os.ftruncate(fd, 1 << 62)
 
 
-def test_fallocate_is_refused_and_its_emulation_works(staged: Path) -> None:
-    with opened(staged / "base", os.O_RDWR) as fd:
-        with fails(errno.EOPNOTSUPP):
-            call("fallocate", fd, 0, ctypes.c_long(0), ctypes.c_long(SIZE + 5000))
-        os.posix_fallocate(fd, 0, SIZE + 5000)
-        assert os.pread(fd, SIZE + 5001, 0) == CONTENT + bytes(5000)
+def test_space_is_reserved(staged_file: Path) -> None:
+    with opened(staged_file, os.O_RDWR) as fd:
+        os.posix_fallocate(fd, BLOCK - 10, 20)
+        assert os.fstat(fd).st_size == SIZE
+        os.posix_fallocate(fd, SIZE - 10, 4 * BLOCK)
+        assert os.fstat(fd).st_size == SIZE - 10 + 4 * BLOCK
+        assert os.fstat(fd).st_blocks * 512 >= SIZE + 3 * BLOCK
+        assert os.pread(fd, 10 * BLOCK, 0) == CONTENT + bytes(4 * BLOCK - 10)
+        os.pwrite(fd, b"x", 2 * BLOCK)
+    with opened(staged_file, os.O_RDONLY) as fd, fails(errno.EBADF):
+        os.posix_fallocate(fd, 0, 10)
+    assert staged_file.read_bytes() == CONTENT[: 2 * BLOCK] + b"x" + CONTENT[2 * BLOCK + 1 :] + bytes(4 * BLOCK - 10)
+
+
+@pytest.mark.parametrize("mode", [0x01, 0x03, 0x08, 0x10, 0x20], ids=["KEEP_SIZE", "PUNCH_HOLE", "COLLAPSE", "ZERO", "INSERT"])
+def test_other_modes_of_fallocate_are_refused(staged: Path, mode: int) -> None:
+    with opened(staged / "base", os.O_RDWR) as fd, fails(errno.EOPNOTSUPP):
+        call("fallocate", fd, mode, ctypes.c_long(0), ctypes.c_long(4096))
+    assert (staged / "base").read_bytes() == CONTENT
 
 
 def test_writing_with_many_offsets_at_once(staged_file: Path) -> None:

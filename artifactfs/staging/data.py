@@ -9,6 +9,7 @@ without a lock; only its set of local blocks grows, and a block joins it after i
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 import threading
@@ -19,7 +20,9 @@ from typing import NamedTuple
 from artifactfs.model import BLOCK, File, Ref
 from artifactfs.reader import Handle, Reader
 from artifactfs.staging.journal import Journal
-from artifactfs.staging.nodes import FileNode
+from artifactfs.staging.nodes import FileNode, os_error
+
+_libc = ctypes.CDLL(None, use_errno=True)
 
 _MANY = 256
 _MUCH = 64 << 20
@@ -248,6 +251,17 @@ def write_all(fd: int, data: bytes | memoryview, offset: int) -> int:
         except OSError:
             break
     return written
+
+
+def reserve(fd: int, offset: int, length: int) -> None:
+    """fallocate(2), which posix_fallocate would emulate by writing where the disk has it not: EOPNOTSUPP."""
+    call = getattr(_libc, "fallocate64", None)
+    if call is None:
+        raise os_error(errno.EOPNOTSUPP)
+    while call(fd, 0, ctypes.c_int64(offset), ctypes.c_int64(length)) == -1:
+        code = ctypes.get_errno()
+        if code != errno.EINTR:
+            raise os_error(code)
 
 
 def holes(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:

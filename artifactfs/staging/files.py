@@ -18,7 +18,7 @@ from typing import NamedTuple, TypeVar
 
 from artifactfs.model import BLOCK, File, Ref
 from artifactfs.reader import Reader
-from artifactfs.staging.data import Below, DataDir, DataFile, Layout, OpenFile, write_all
+from artifactfs.staging.data import Below, DataDir, DataFile, Layout, OpenFile, reserve, write_all
 from artifactfs.staging.ledger import Ledger
 from artifactfs.staging.nodes import NOT_CUTTING, UNKNOWN, FileNode, decode_early, now, os_error
 
@@ -134,6 +134,14 @@ class Files:
             raise os_error(errno.EINVAL)
         self._expect_change(file.node)
         self._changing(file, lambda: self._resize(file, size))
+
+    def allocate(self, fh: int, offset: int, length: int) -> None:
+        """Have space for a range, with zeros in what is beyond the end; where the disk cannot reserve any, EOPNOTSUPP."""
+        file = self.handle(fh)
+        if not self._handles[fh][1]:
+            raise os_error(errno.EBADF)
+        self._expect_change(file.node)
+        self._changing(file, lambda: reserve((file.direct or self._own_data(file)).fd, offset, length))
 
     def sync(self, fh: int, datasync: bool) -> None:
         """Make the file's content durable."""

@@ -336,6 +336,12 @@ class Stage:
     def ftruncate(self, fh: int, size: int) -> None:
         self._files.resize(self._files.handle(fh), size)
 
+    def fallocate(self, fh: int, mode: int, offset: int, length: int) -> None:
+        """Reserve space for a range and let the file reach to its end; other modes than 0 are EOPNOTSUPP."""
+        if mode:
+            raise os_error(errno.EOPNOTSUPP)
+        self._files.allocate(fh, offset, length)
+
     def flush(self, fh: int) -> None:
         """Nothing is held back: what :meth:`write` returned from survives this process."""
 
