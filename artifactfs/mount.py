@@ -548,10 +548,15 @@ def _answer(function: Callable[..., int | None], *args: Any) -> int:
 def _table(adapter: _Reading) -> Any:
     """The operations that ``adapter`` has, as libfuse takes them."""
     table = _Operations()
+    # ctypes keeps what a structure points to by the number of its field, which a subclass counts from 0 again: on its own it
+    # would let go of `mkdir` for `fallocate`.
+    table.callbacks = []
     for name, prototype, *bits in (*fuse.fuse_operations._fields_, *_Operations._fields_):
         method = getattr(adapter, name, None)
         if method is not None and not bits:
-            setattr(table, name, prototype(functools.partial(_answer, method)))
+            callback = prototype(functools.partial(_answer, method))
+            table.callbacks.append(callback)
+            setattr(table, name, callback)
     table.flag_nullpath_ok = 1
     table.flag_nopath = 1  # reads, writes and the like are by handle alone: libfuse need not build their paths
     table.flag_utime_omit_ok = 1  # else `touch -m` is dropped without a word
