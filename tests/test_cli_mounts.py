@@ -248,7 +248,7 @@ def test_killed_stage_is_committed(afs: Program, logged: str, place: Path) -> No
     os.kill(record["pid"], signal.SIGKILL)
     until(lambda: afs("mounts", "--json").document[0]["state"] == "dead")
     ran = afs("commit", "--resume", place, "--json")
-    assert ran.document == {"mountpoint": str(place), "committed": f"{NAME}:v1", "created": True}
+    assert ran.document == {"mountpoint": str(place), "committed": f"{NAME}:v1", "created": True, "warning": None}
     assert mountpoint.at(str(place)) is None
     assert afs("mounts", "--all", "--json").document == []
     assert not os.path.exists(record["staging"])

@@ -166,6 +166,7 @@ def _ended(session: Session, result: daemon.UnmountResult) -> None:
         "committed": result.committed or None,
         "created": result.created,
         "discarded": result.discarded,
+        "warning": record.warning or None,
         "detached": result.detached,
     }
     if record.warning:
@@ -201,7 +202,12 @@ def commit_command(session: Session, directory: str, again: bool) -> None:
             finished = resume.Finished(result.record.mountpoint, result.committed, result.created, result.record.warning)
     if finished.warning:
         session.warn(finished.warning)
-    document = {"mountpoint": finished.mountpoint, "committed": finished.committed or None, "created": finished.created}
+    document = {
+        "mountpoint": finished.mountpoint,
+        "committed": finished.committed or None,
+        "created": finished.created,
+        "warning": finished.warning or None,
+    }
     session.note("committed" if finished.created else _UNCHANGED)
     session.result(document, [finished.committed] if finished.committed else [])
 
