@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import os
@@ -134,3 +135,18 @@ def workplace(parent: str | None) -> Iterator[Path]:
         # Also of a daemon that died, where ismount would not know; without a mount it fails, and that is fine.
         subprocess.run(["fusermount", "-u", "-z", str(path / "mnt")], check=False, stderr=subprocess.DEVNULL)
         shutil.rmtree(path, ignore_errors=True)
+
+
+def main(program: str, description: str | None, benchmarks: dict[str, Callable[[Bench, bool], None]]) -> None:
+    """Run the benchmarks that the command line asks for, and print their table."""
+    parser = argparse.ArgumentParser(prog=program, description=description)
+    parser.add_argument("--quick", action="store_true", help="smaller data and one run of each: to see that it works")
+    parser.add_argument("--only", action="append", choices=sorted(benchmarks), help="only these")
+    parser.add_argument("--work", help="directory for the data; the file system it is on is the reference")
+    options = parser.parse_args()
+    with workplace(options.work) as work:
+        bench = Bench(work)
+        for name, benchmark in benchmarks.items():
+            if not options.only or name in options.only:
+                benchmark(bench, options.quick)
+        print(bench.table())

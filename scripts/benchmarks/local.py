@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -15,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from blake3 import blake3
-from harness import Bench, Row, drop_caches, seconds, workplace
+from harness import Bench, Row, drop_caches, main, seconds
 
 from artifactfs.model import Dir, File
 from artifactfs.names import parse
@@ -23,20 +22,6 @@ from artifactfs.publish import Change, Draft, NewFile, publish
 from artifactfs.store.urls import open_store
 
 MIB = 1 << 20
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="scripts/bench local", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="smaller data and one run of each: to see that it works")
-    parser.add_argument("--only", action="append", choices=sorted(BENCHMARKS), help="only these")
-    parser.add_argument("--work", help="directory for the data; the file system it is on is the reference")
-    options = parser.parse_args()
-    with workplace(options.work) as work:
-        bench = Bench(work)
-        for name, benchmark in BENCHMARKS.items():
-            if not options.only or name in options.only:
-                benchmark(bench, options.quick)
-        print(bench.table())
 
 
 def sequential(bench: Bench, quick: bool) -> None:
@@ -267,4 +252,4 @@ BENCHMARKS: dict[str, Callable[[Bench, bool], None]] = {
 }
 
 if __name__ == "__main__":
-    main()
+    main("scripts/bench local", __doc__, BENCHMARKS)

@@ -6,7 +6,6 @@ of that is ``sync`` after the same work in a directory: what it costs to make th
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import os
 import random
@@ -20,7 +19,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from harness import Bench, Row, seconds, workplace
+from harness import Bench, Row, main, seconds
 
 MIB = 1 << 20
 
@@ -34,20 +33,6 @@ _ENDINGS: dict[str, tuple[tuple[str, ...], float]] = {
 }
 """Options of ``stage``, and seconds between the end of the work and unmounting: what is stored ahead needs some to settle."""
 _numbers = itertools.count()
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="scripts/bench staging", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="smaller data and one run of each: to see that it works")
-    parser.add_argument("--only", action="append", choices=sorted(BENCHMARKS), help="only these")
-    parser.add_argument("--work", help="directory for the data; the file system it is on is the reference")
-    options = parser.parse_args()
-    with workplace(options.work) as work:
-        bench = Bench(work)
-        for name, benchmark in BENCHMARKS.items():
-            if not options.only or name in options.only:
-                benchmark(bench, options.quick)
-        print(bench.table())
 
 
 def sequential(bench: Bench, quick: bool) -> None:
@@ -174,4 +159,4 @@ BENCHMARKS: dict[str, Callable[[Bench, bool], None]] = {
 }
 
 if __name__ == "__main__":
-    main()
+    main("scripts/bench staging", __doc__, BENCHMARKS)
