@@ -25,7 +25,7 @@ from artifactfs.names import parse
 pytestmark = needs_fuse
 __all__ = ["world"]
 
-_RECORD = 64 << 10  # one write(2) of at most 128 KiB is one request of the kernel, and so all there or not at all
+_RECORD = 64 << 10
 _PLACES = 6
 _BASE_PLACES = 3 * BLOCK // _RECORD
 
@@ -145,6 +145,37 @@ def test_every_version_is_of_one_moment(base: World, eager: bool) -> None:
     assert result.committed == "acme/vision/live:v9"
     final = files_of(base, 9)
     assert check(final) == len(records(final["log"], 1000)) > turns[-1]
+
+
+_KEEPER = """
+import os
+records = os.open("records", os.O_WRONLY | os.O_CREAT)
+turn = 0
+while not os.path.exists("stop"):
+    for _ in range(500):
+        turn += 1
+        os.pwrite(records, turn.to_bytes(8, "little") * 500, turn % 100 * 4000)
+"""
+
+
+def test_no_write_is_torn(base: World) -> None:
+    """The kernel hands most of these over in two parts, the first of which ends with a page."""
+    staged = base.stage("acme/vision/live")
+    process = subprocess.Popen([sys.executable, "-c", _KEEPER], cwd=staged)
+    try:
+        until(lambda: (staged / "records").exists())
+        for number in range(1, 41):
+            daemon.commit(staged)
+            data = files_of(base, number)["records"]
+            for start in range(0, len(data), 4000):
+                assert len(set(struct.iter_unpack("<Q", data[start : start + 4000]))) == 1
+            time.sleep(0.02)
+        (staged / "stop").touch()
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()
+    daemon.unmount(staged, discard=True)
 
 
 def test_a_daemon_killed_in_the_middle_of_it(base: World) -> None:

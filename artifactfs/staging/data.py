@@ -30,6 +30,9 @@ _MUCH = 64 << 20
 _LITTLE = 256 << 20
 """Free bytes below which space is given back at once."""
 
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+_REQUEST = 128 << 10
+
 
 class DataFile:
     """An open data file; closed when nobody refers to it any more, so that a reader's descriptor is never another file's."""
@@ -207,10 +210,11 @@ class OpenFile:
     """A file while it is open. ``lock`` is held to change the content, and while blocks are fetched for that.
 
     ``layout`` is None until the file is prepared. ``direct`` is the data file, where all content is in it and writing needs no
-    record. ``retired`` are stored contents that the file no longer lies over, and that a reader may still use.
+    record. ``retired`` are stored contents that the file no longer lies over, and that a reader may still use. ``last`` is the
+    offset and the size of the last write.
     """
 
-    __slots__ = ("count", "direct", "layout", "lock", "node", "retired", "where")
+    __slots__ = ("count", "direct", "last", "layout", "lock", "node", "retired", "where")
 
     def __init__(self, node: FileNode, where: str) -> None:
         self.node = node
@@ -220,6 +224,15 @@ class OpenFile:
         self.direct: DataFile | None = None
         self.layout: Layout | None = None
         self.retired: list[Below | None] = []
+        self.last = 0, 0
+
+    def rest(self) -> int | None:
+        """Where the last write may go on: Linux hands one write(2) over in parts, each of at most 128 KiB, and the first of
+        which ends with the page that it begins in, if that page is not in memory (``fuse_fill_write_pages`` in fs/fuse/file.c).
+        """
+        offset, size = self.last
+        end = offset + size
+        return end if end % _PAGE == 0 and (offset % _PAGE or size >= _REQUEST) else None
 
     def arrange(self, data: DataFile | None, below: Below | None) -> None:
         """Take the layout from what the node says."""

@@ -13,6 +13,7 @@ import errno
 import itertools
 import os
 import threading
+import time
 from collections.abc import Callable, Iterable
 from typing import NamedTuple, TypeVar
 
@@ -23,6 +24,9 @@ from artifactfs.staging.ledger import Ledger
 from artifactfs.staging.nodes import NOT_CUTTING, UNKNOWN, FileNode, decode_early, now, os_error
 
 _R = TypeVar("_R")
+
+_REST_WAIT = 0.05
+"""Seconds that a commit waits for the rest of write(2) calls of which it has seen the first part."""
 
 
 class Stat(NamedTuple):
@@ -49,6 +53,7 @@ class Files:
         ledger.journal.before_sync = self._sync_replaced
         self.closed: Callable[[FileNode], None] = lambda node: None
         """Told of each file whose content was changed when nobody has it open any more, with the lock held."""
+        self._settled = False
         self.activity = 0
         """Counts writes, so that work in the background can give way."""
 
@@ -125,8 +130,9 @@ class Files:
         with file.lock:
             direct = file.direct
             if direct is not None and not self._ledger.careful:
+                file.last = offset, len(data)
                 return write_all(direct.fd, data, offset)
-        return self._changing(file, lambda: self._write(file, data, offset))
+        return self._changing(file, lambda: self._write(file, data, offset), rest=offset)
 
     def resize(self, file: OpenFile, size: int) -> None:
         """Truncate a prepared file, or extend it with zeros."""
@@ -182,12 +188,20 @@ class Files:
             os.utime(layout.data.fd, ns=(before.st_atime_ns, before.st_mtime_ns))
 
     def settle(self) -> None:
-        """With the gate closed: return once no change of content is under way."""
+        """With the gate closed: return once no change of content is under way, and none that the kernel has cut in parts."""
         with self._ledger.lock:
             files = list(self._open)
+        deadline = time.monotonic() + _REST_WAIT
+        while any(file.rest() is not None for file in files) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        self._settled = True
         for file in files:
             with file.lock:
-                pass
+                file.last = 0, 0  # if more had been to come, it would have come
+
+    def unsettle(self) -> None:
+        """Before the gate opens."""
+        self._settled = False
 
     def rearrange(self) -> None:
         """With the gate closed and settled: take the layouts from what a commit has made of the nodes."""
@@ -290,11 +304,11 @@ class Files:
     def _arrange(self, file: OpenFile, data: DataFile | None) -> None:
         file.arrange(data, self.below(file.node, file.where))
 
-    def _changing(self, file: OpenFile, change: Callable[[], _R]) -> _R:
-        """``change`` with the file's lock, once the gate is open."""
+    def _changing(self, file: OpenFile, change: Callable[[], _R], rest: int | None = None) -> _R:
+        """``change`` with the file's lock, once the gate is open, or before if it is the ``rest`` of a write from there on."""
         while True:
             with file.lock:
-                if not self._ledger.gated:
+                if not self._ledger.gated or (rest is not None and rest == file.rest() and not self._settled):
                     if self._ledger.careful:
                         self._ledger.touch()
                     if file.node.cutting != NOT_CUTTING:
@@ -303,6 +317,7 @@ class Files:
             self._ledger.await_gate()
 
     def _write(self, file: OpenFile, data: bytes, offset: int) -> int:
+        file.last = offset, len(data)
         if file.direct is not None:
             return write_all(file.direct.fd, data, offset)
         target = self._own_data(file)

@@ -530,6 +530,7 @@ class Stage:
             except OSError as error:
                 raise from_os_error(error, f"committing stage {self.path}") from error
             finally:
+                self._files.unsettle()
                 self._ledger.open_gate()
             return published
 
