@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 from programs import afs, folder, logged  # noqa: F401 - fixtures for all
+from servers import azurite, bucket, gcs, gcs_bucket, seaweed, shared_bucket, versioned_bucket  # noqa: F401 - fixtures for all
 
 # Test modules by the layer of what they test; one that is not named here runs between the layers and the command line.
 _ORDER = (
@@ -29,6 +30,9 @@ _ORDER = (
 _RANK = {name: rank for rank, names in enumerate(_ORDER) for name in names}
 _UNRANKED = _ORDER.index(())
 
+# What the caller's environment may hold that a program of ours or a client library of a cloud would heed.
+_OUTSIDE = ("ARTIFACTFS_", "XDG_", "WANDB_", "COMET_", "AWS_", "AZURE_", "GOOGLE_", "STORAGE_EMULATOR_HOST")
+
 # A busy two-core machine: a slow example is no failure, the test's own timeout is.
 settings.register_profile("default", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
 settings.load_profile("default")
@@ -47,7 +51,7 @@ def _rank(item: pytest.Item) -> int:
 def isolated_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The home directory of this test, with its own XDG directories; no setting of the caller's environment is seen."""
     home = tmp_path_factory.mktemp("home")
-    for key in [key for key in os.environ if key.startswith(("ARTIFACTFS_", "XDG_", "WANDB_", "COMET_", "AWS_"))]:
+    for key in [key for key in os.environ if key.startswith(_OUTSIDE)]:
         monkeypatch.delenv(key)
     for key in ("NO_COLOR", "FORCE_COLOR", "http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(key, raising=False)
