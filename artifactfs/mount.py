@@ -74,11 +74,22 @@ _receive.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 _process = _lib.fuse_session_process
 _process.restype = None
 _process.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+_invalidate = _lib.fuse_lowlevel_notify_inval_inode
+_invalidate.argtypes = [ctypes.c_void_p, ctypes.c_uint64, fuse.c_off_t, fuse.c_off_t]
+_lib.fuse_chan_fd.argtypes = [ctypes.c_void_p]
+_lib.fuse_chan_new.restype = ctypes.c_void_p
+_lib.fuse_chan_new.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t, ctypes.c_void_p]
+_writev = ctypes.CDLL(None, use_errno=True).writev
+_writev.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
+_writev.restype = ctypes.c_ssize_t
 
 log = logging.getLogger(__name__)
 
 FOREVER = 86400.0
 """Seconds for which the kernel may keep what it knows about a version: it cannot change."""
+
+_CHANGING = 60.0
+"""The same of a stage, which only changes through the kernel; but see :class:`_ChangingLinks`."""
 
 PATIENCE = 0.005
 """Seconds that a request may take before others are received beside it: far more than one that reads no disk takes, and little
@@ -126,8 +137,8 @@ class Options:
     """How a tree is mounted.
 
     ``label`` follows ``artifactfs#`` in the source of ``findmnt``. ``timeout`` is how long (seconds) the kernel may keep
-    attributes and names, and with ``keep_pages`` it keeps contents from one open to the next. ``network``: requests may wait for
-    one. ``extra`` are options for libfuse.
+    attributes and names of a tree that is not writable, and with ``keep_pages`` it keeps contents from one open to the next.
+    ``network``: requests may wait for one. ``extra`` are options for libfuse.
     """
 
     label: str
@@ -169,7 +180,7 @@ class Session:
             if self._options.network:
                 _lib.fuse_loop_mt(handle)
             else:
-                _Loop(handle).run()
+                _Loop(handle, _ChangingLinks if writable else None).run()
         finally:
             _lib.fuse_teardown(handle, where)
         if self._device == -1:
@@ -188,6 +199,9 @@ class Session:
 
     def _arguments(self, writable: bool) -> dict[str, Any]:
         options = self._options
+        timeout = options.timeout
+        if writable:
+            timeout = 0.0 if options.network else _CHANGING
         known: dict[str, Any] = {
             "fsname": mountpoint.SOURCE + options.label,
             "subtype": "artifactfs",
@@ -196,9 +210,9 @@ class Session:
             "nosuid": True,
             "nodev": True,
             "max_read": _MAX_READ,
-            "attr_timeout": options.timeout,
-            "entry_timeout": options.timeout,
-            "negative_timeout": options.timeout,
+            "attr_timeout": timeout,
+            "entry_timeout": timeout,
+            "negative_timeout": timeout,
             "kernel_cache": options.keep_pages,
             "allow_other": options.allow_other,
         }
@@ -244,10 +258,11 @@ class _Loop:
     to be called again. ``_lock`` guards whose turn it is and who waits.
     """
 
-    def __init__(self, handle: int) -> None:
+    def __init__(self, handle: int, links: type[_ChangingLinks] | None = None) -> None:
         self._session = ctypes.c_void_p(_lib.fuse_get_session(handle))
         self._channel = ctypes.c_void_p(_lib.fuse_session_next_chan(self._session, None))
         self._size = _lib.fuse_chan_bufsize(self._channel)
+        self._links = links(self._channel) if links else None
         self._lock = threading.Lock()
         self._turn = _Turn()
         self._waiting: list[threading.Event] = []
@@ -280,6 +295,9 @@ class _Loop:
         buffer = ctypes.create_string_buffer(self._size)
         session, channel, size, work = self._session, self._channel, self._size, self._work_to_watch
         place = ctypes.byref(channel)
+        links = self._links
+        answers = channel if links is None else links.channel
+        request = _Request.from_buffer(buffer)
         while self._turn is turn:
             length = _receive(place, buffer, size)
             if length == -errno.EINTR:
@@ -291,7 +309,10 @@ class _Loop:
             turn.busy = True
             if not work.is_set():
                 work.set()
-            _process(session, buffer, length, channel)
+            if links is not None:
+                links.request.opcode = request.opcode
+                links.request.linked = request.linked
+            _process(session, buffer, length, answers)
             turn.busy = False
 
     def _watch(self) -> None:
@@ -324,6 +345,107 @@ class _Loop:
             for called in self._waiting:
                 called.set()
         self._work_to_watch.set()
+
+
+class _Request(ctypes.Structure):
+    """How a request begins (``struct fuse_in_header`` and ``fuse_link_in``, linux/fuse.h)."""
+
+    _fields_ = (
+        ("length", ctypes.c_uint32),
+        ("opcode", ctypes.c_uint32),
+        ("unique", ctypes.c_uint64),
+        ("node", ctypes.c_uint64),
+        ("rest", ctypes.c_uint64 * 2),
+        ("linked", ctypes.c_uint64),
+    )
+
+
+class _Vector(ctypes.Structure):
+    """``struct iovec`` of an answer, which is a header and the rest."""
+
+    _fields_ = (
+        ("header", ctypes.c_void_p),
+        ("header_size", ctypes.c_size_t),
+        ("rest", ctypes.c_void_p),
+        ("size", ctypes.c_size_t),
+    )
+
+
+class _Known(ctypes.Structure):
+    """The attributes of an answer and how long they are good for (``struct fuse_attr_out``)."""
+
+    _fields_ = (
+        ("valid", ctypes.c_uint64),
+        ("valid_ns", ctypes.c_uint32),
+        ("dummy", ctypes.c_uint32),
+        ("ino", ctypes.c_uint64),
+        ("sizes_and_times", ctypes.c_byte * 52),
+        ("mode", ctypes.c_uint32),
+        ("links", ctypes.c_uint32),
+    )
+
+
+class _KnownEntry(ctypes.Structure):
+    """The same of an answer with a name (``struct fuse_entry_out``)."""
+
+    _fields_ = (
+        ("node", ctypes.c_uint64),
+        ("generation", ctypes.c_uint64),
+        ("valid_name", ctypes.c_uint64),
+        ("valid", ctypes.c_uint64),
+        ("valid_name_ns", ctypes.c_uint32),
+        ("valid_ns", ctypes.c_uint32),
+        ("ino", ctypes.c_uint64),
+        ("sizes_and_times", ctypes.c_byte * 52),
+        ("mode", ctypes.c_uint32),
+        ("links", ctypes.c_uint32),
+    )
+
+
+_LINK = 13
+_ANSWERS = {1: _KnownEntry, 3: _Known, 4: _Known, 8: _KnownEntry, _LINK: _KnownEntry, 35: _KnownEntry}
+"""By opcode: LOOKUP, GETATTR, SETATTR, MKNOD, LINK, CREATE. Directories and new symlinks have one name."""
+
+
+class _ChangingLinks:
+    """Has the kernel keep no attributes of files with several names, and so lets it keep those of all others.
+
+    libfuse shows it each name of a file as a file of its own, so it would not know that one has changed when another was written,
+    nor how many names there are. This sees every answer on its way to the kernel; ``request`` says, in each thread, what is being
+    answered.
+    """
+
+    def __init__(self, channel: ctypes.c_void_p) -> None:
+        self.request = threading.local()
+        self._kernel = channel
+        self._descriptor = _lib.fuse_chan_fd(channel)
+        self._linked: set[int] = set()
+        # struct fuse_chan_ops: receive (libfuse's own channel does that), send, destroy
+        self._send = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(self._answer)
+        self._calls = (ctypes.c_void_p * 3)(None, ctypes.cast(self._send, ctypes.c_void_p), None)
+        size = _lib.fuse_chan_bufsize(channel)
+        self.channel = ctypes.c_void_p(_lib.fuse_chan_new(self._calls, self._descriptor, size, None))
+        """Where answers go through this object."""
+
+    def _answer(self, channel: int, vector: int, count: int) -> int:
+        form = _ANSWERS.get(self.request.opcode)
+        if form is not None and count == 2:
+            parts = _Vector.from_address(vector)
+            if parts.size >= ctypes.sizeof(form):
+                self._limit(form.from_address(parts.rest))
+        if _writev(self._descriptor, vector, count) == -1:
+            return -ctypes.get_errno()
+        return 0
+
+    def _limit(self, known: Any) -> None:
+        if stat.S_ISDIR(known.mode):
+            return
+        if self.request.opcode == _LINK:
+            _invalidate(self._kernel, self.request.linked, -1, 0)
+        if known.links > 1:
+            self._linked.add(known.ino)
+        if known.ino in self._linked:
+            known.valid = known.valid_ns = 0
 
 
 class _Stream:
