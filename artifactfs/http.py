@@ -17,9 +17,7 @@ SourceChangedError, an answer of another range IntegrityError, all else NetworkE
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
-import random
 import re
 import socket
 import ssl
@@ -35,6 +33,7 @@ import requests
 import requests.adapters
 import urllib3.exceptions
 
+from artifactfs.attempts import DEADLINE, TRANSIENT, Attempts, TransientError
 from artifactfs.errors import (
     ArtifactFSError,
     IntegrityError,
@@ -45,25 +44,11 @@ from artifactfs.errors import (
     UsageError,
 )
 
-log = logging.getLogger(__name__)
-
-DEADLINE = 60.0
-"""Seconds within which a fetch must make progress (16 KiB, or its rest); then it is given up."""
-
-_CONNECT_TIMEOUT = 10.0  # a handshake over the worst usable link, and time for the next address of the name
-_READ_TIMEOUT = 30.0  # half of DEADLINE: a stalled connection is replaced once before the fetch is given up
-_PROGRESS = 16 << 10  # fewer bytes are no progress: a server that drips could otherwise hold a fetch for days
-_ATTEMPTS = 6  # failures in a row without progress between them
-_BACKOFF = 0.2  # seconds before the second retry (the first is immediate: mostly a kept connection that had been closed)
-_BACKOFF_MAX = 10.0
 _RETRY_AFTER_MAX = 30.0  # a server that asks for more is asked again after this many seconds, if the deadline allows
 _PIECE = 256 << 10  # at most this much is read at once; what has arrived is passed on without waiting for more
 _DRAIN = 64 << 10  # a body up to this size is cheaper to read than its connection to replace
 _POOL = 64  # kept connections a host: more streams than a mount ever has in flight to one
 
-_jitter = random.Random()  # of its own: a program's seeded generator must not depend on the network
-
-_TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 _CONTENT_RANGE = re.compile(r"bytes\s+([0-9]+)-([0-9]+)/([0-9]+|\*)\s*", re.IGNORECASE)
 _SECRET_NAME = re.compile(r"sig|token|key|secret|pass|pwd|credential|auth|session|code|policy", re.IGNORECASE)
 
@@ -86,14 +71,6 @@ class NoRangesError(ArtifactFSError):
         self.stream = stream
 
 
-class _TransientError(Exception):
-    """An attempt failed in a way that another may not. ``wait``: seconds that the server asks for, or None."""
-
-    def __init__(self, reason: str, wait: float | None = None) -> None:
-        super().__init__(reason)
-        self.wait = wait
-
-
 def shown(url: str) -> str:
     """``url`` for messages: without user, password and fragment, and without values of query parameters that may be secret."""
     url = "".join(char if char.isprintable() else "?" for char in url)
@@ -111,7 +88,7 @@ def probe(url: str, deadline: float = DEADLINE) -> Pin:
 
     A GET and not a HEAD: signed URLs allow one method only, and some servers answer HEAD differently.
     """
-    attempts = _Attempts(url, deadline)
+    attempts = Attempts(shown(url), deadline)
     while True:
         try:
             with closing(_send(url, {}, attempts)) as response:
@@ -120,7 +97,7 @@ def probe(url: str, deadline: float = DEADLINE) -> Pin:
                 if 0 <= pin.size <= _DRAIN:
                     response.raw.drain_conn()
                 return pin
-        except _TransientError as error:
+        except TransientError as error:
             attempts.failed(error)
 
 
@@ -130,7 +107,7 @@ def get_range(url: str, offset: int, size: int, pin: Pin, deadline: float = DEAD
     A connection that breaks is resumed where it broke, with the same pin. :class:`NoRangesError` if the server answers
     with the whole content where a part was asked for.
     """
-    attempts = _Attempts(url, deadline)
+    attempts = Attempts(shown(url), deadline)
     position, end = offset, offset + size
     while position < end:
         try:
@@ -142,22 +119,22 @@ def get_range(url: str, offset: int, size: int, pin: Pin, deadline: float = DEAD
                 for piece in _pieces(response, skip, end - position, attempts):
                     position += len(piece)
                     yield piece
-        except _TransientError as error:
+        except TransientError as error:
             attempts.failed(error)
 
 
 def get_whole(url: str, deadline: float = DEADLINE) -> Iterator[bytes]:
     """Stream a content of unknown size to its end. A connection that breaks is an error: nothing pins a second answer."""
-    attempts = _Attempts(url, deadline)
+    attempts = Attempts(shown(url), deadline)
     try:
         with closing(_send(url, {}, attempts)) as response:
             _check_status(response, url)
             yield from _pieces(response, 0, -1, attempts)
-    except _TransientError as error:
+    except TransientError as error:
         raise NetworkError(f"{shown(url)}: {error}; try again") from None
 
 
-def _whole(url: str, pin: Pin, attempts: _Attempts, response: requests.Response) -> Iterator[bytes]:
+def _whole(url: str, pin: Pin, attempts: Attempts, response: requests.Response) -> Iterator[bytes]:
     """The whole content, beginning with an answer that is already there; after a break, read again up to where it broke."""
     position = 0
     while True:
@@ -168,63 +145,17 @@ def _whole(url: str, pin: Pin, attempts: _Attempts, response: requests.Response)
                     position += len(piece)
                     yield piece
             return
-        except _TransientError as error:
+        except TransientError as error:
             response = _reopen(url, position, pin, attempts, error)
 
 
-def _reopen(url: str, position: int, pin: Pin, attempts: _Attempts, error: _TransientError) -> requests.Response:
+def _reopen(url: str, position: int, pin: Pin, attempts: Attempts, error: TransientError) -> requests.Response:
     while True:
         attempts.failed(error)
         try:
             return _ask(url, position, pin.size, pin, attempts)
-        except _TransientError as again:
+        except TransientError as again:
             error = again
-
-
-class _Attempts:
-    """Counts the failures of one fetch in a row without new bytes between them, and the time since bytes came at all."""
-
-    def __init__(self, url: str, deadline: float) -> None:
-        self.url = url
-        self.deadline = deadline
-        self._failures = 0
-        self._bytes = 0
-        self._new = 0
-        self._limit = time.monotonic() + deadline
-
-    def arrived(self, size: int, new: int) -> None:
-        """Count ``size`` bytes, ``new`` of which were not here before. NetworkError if they drip too slowly."""
-        self._bytes += size
-        self._new += new
-        if self._new >= _PROGRESS:
-            self._failures = self._new = 0
-        if self._bytes >= _PROGRESS:
-            self._bytes = 0
-            self._limit = time.monotonic() + self.deadline
-        elif time.monotonic() > self._limit:
-            raise NetworkError(f"{shown(self.url)}: {self._bytes} bytes in {self.deadline:g} s are too slow; try again later")
-
-    def timeouts(self) -> tuple[float, float]:
-        """Seconds to connect and to wait for a byte, within what is left of the deadline."""
-        left = max(self._limit - time.monotonic(), 0.05)
-        return min(_CONNECT_TIMEOUT, left), min(_READ_TIMEOUT, self.deadline / 2, left)
-
-    def failed(self, error: _TransientError) -> None:
-        """Wait before the next attempt; NetworkError if there is none left."""
-        self._failures += 1
-        wait = error.wait if error.wait is not None else self._backoff()
-        if self._failures >= _ATTEMPTS or time.monotonic() + wait >= self._limit:
-            raise NetworkError(
-                f"{shown(self.url)}: {error} (attempt {self._failures}); check the network, then try again"
-            ) from None
-        log.debug("%s: %s; attempt %d follows in %.1f s", shown(self.url), error, self._failures + 1, wait)
-        time.sleep(wait)
-
-    def _backoff(self) -> float:
-        if self._failures == 1:
-            return 0.0
-        step = min(_BACKOFF * float(2 ** (self._failures - 2)), _BACKOFF_MAX)
-        return step * _jitter.uniform(0.5, 1.0)
 
 
 class _Session(requests.Session):
@@ -271,7 +202,7 @@ def _forget_session() -> None:
 os.register_at_fork(after_in_child=_forget_session)
 
 
-def _ask(url: str, start: int, end: int, pin: Pin, attempts: _Attempts) -> requests.Response:
+def _ask(url: str, start: int, end: int, pin: Pin, attempts: Attempts) -> requests.Response:
     """The answer to a request for bytes ``start`` to ``end`` (exclusive), checked to be of that range and of what is pinned:
     a 206, or a 200 with the whole content."""
     headers = {"Range": f"bytes={start}-{end - 1}"}
@@ -288,7 +219,7 @@ def _ask(url: str, start: int, end: int, pin: Pin, attempts: _Attempts) -> reque
     return response
 
 
-def _send(url: str, headers: dict[str, str], attempts: _Attempts) -> requests.Response:
+def _send(url: str, headers: dict[str, str], attempts: Attempts) -> requests.Response:
     """The head of an answer, its body unread. Foreign exceptions become this module's here."""
     try:
         return _session().get(url, headers=headers, stream=True, timeout=attempts.timeouts())
@@ -296,26 +227,26 @@ def _send(url: str, headers: dict[str, str], attempts: _Attempts) -> requests.Re
         if _is_untrusted(error):
             text = f"{shown(url)}: the server's TLS certificate is not trusted; set REQUESTS_CA_BUNDLE if it is your own"
             raise NetworkError(text) from None
-        raise _TransientError(_reason(error)) from None
+        raise TransientError(_reason(error)) from None
     except requests.exceptions.TooManyRedirects:
         raise NetworkError(f"{shown(url)} redirects in circles; check the URL") from None
     except (requests.exceptions.RequestException, urllib3.exceptions.HTTPError, ValueError) as error:
         if isinstance(error, requests.exceptions.ChunkedEncodingError):
-            raise _TransientError(_reason(error)) from None
+            raise TransientError(_reason(error)) from None
         raise UsageError(f"{shown(url)} is not a URL that can be fetched ({type(error).__name__}); check it") from None
 
 
-def _pieces(response: requests.Response, skip: int, size: int, attempts: _Attempts) -> Iterator[bytes]:
+def _pieces(response: requests.Response, skip: int, size: int, attempts: Attempts) -> Iterator[bytes]:
     """``size`` bytes of the body after ``skip`` (-1: to its end) as they arrive; a body that ends before is transient."""
     while size:
         try:
             piece: bytes = response.raw.read1(_PIECE if size < 0 else min(_PIECE, skip + size), decode_content=False)
         except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
-            raise _TransientError(_reason(error)) from None
+            raise TransientError(_reason(error)) from None
         if not piece:
             if size < 0:
                 return
-            raise _TransientError("the answer ended too early")
+            raise TransientError("the answer ended too early")
         dropped = min(skip, len(piece))
         attempts.arrived(len(piece), len(piece) - dropped)
         if dropped:
@@ -332,8 +263,8 @@ def _check_status(response: requests.Response, url: str) -> None:
     if status in (200, 206):
         return
     response.close()
-    if status in _TRANSIENT:
-        raise _TransientError(f"the server answers {status} {_phrase(response)}".rstrip(), _retry_after(response))
+    if status in TRANSIENT:
+        raise TransientError(f"the server answers {status} {_phrase(response)}".rstrip(), _retry_after(response))
     if status in (401, 403):
         raise NotPermittedError(
             f"{shown(url)}: the server refuses access ({status}); check your credentials or the link's expiry"

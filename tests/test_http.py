@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from http_server import FaultServer
 
-from artifactfs import http
+from artifactfs import attempts, http
 from artifactfs.errors import (
     ArtifactFSError,
     IntegrityError,
@@ -41,7 +41,7 @@ def server() -> Iterator[FaultServer]:
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http, "_BACKOFF", 0.01)
+    monkeypatch.setattr(attempts, "BACKOFF", 0.01)
 
 
 def pin_of(server: FaultServer, path: str = PATH) -> Pin:
@@ -137,7 +137,7 @@ def test_a_body_that_never_comes_is_an_error(server: FaultServer) -> None:
     server.faults.cut_after = 0
     with pytest.raises(NetworkError, match="attempt"):
         read(server)
-    assert server.requests == http._ATTEMPTS
+    assert server.requests == attempts.MAX_ATTEMPTS
 
 
 def test_changed_in_the_middle(server: FaultServer) -> None:
@@ -362,7 +362,7 @@ def test_no_ranges_and_always_cut(server: FaultServer) -> None:
     began = time.monotonic()
     with pytest.raises(NetworkError):
         read(server)
-    assert server.requests == http._ATTEMPTS
+    assert server.requests == attempts.MAX_ATTEMPTS
     assert time.monotonic() - began < 5
 
 

@@ -21,9 +21,9 @@ IMPORTERS = {
     "click": "artifactfs.cli",
     "rich": "artifactfs.cli",
     "requests": "artifactfs.http",
-    "boto3": "artifactfs.objects.s3",
-    "botocore": "artifactfs.objects.s3",
-    "obstore": "artifactfs.objects.cloud",
+    "boto3": "artifactfs.buckets",
+    "botocore": "artifactfs.buckets",
+    "obstore": "artifactfs.buckets",
 }
 BANNED_NAMES = {"utils", "util", "helpers", "helper", "common", "constants", "types", "misc", "interfaces"}
 

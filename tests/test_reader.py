@@ -21,7 +21,7 @@ from http_server import FaultServer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from artifactfs import http
+from artifactfs import attempts, http
 from artifactfs.cache import BlockCache
 from artifactfs.content import fingerprint
 from artifactfs.errors import (
@@ -80,7 +80,7 @@ class WebStore:
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http, "_BACKOFF", 0.01)
+    monkeypatch.setattr(attempts, "BACKOFF", 0.01)
 
 
 @pytest.fixture
