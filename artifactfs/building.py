@@ -27,11 +27,12 @@ from artifactfs.draft import (
 )
 from artifactfs.errors import IntegrityError, NotFoundError, UsageError, from_os_error
 from artifactfs.manifest import ArtifactManifestEntry, Stored, VersionHolding, digest_of, no_such_entry, version_name
-from artifactfs.model import MD5, File, Page, is_executable
+from artifactfs.model import MD5, Dir, File, Page, is_executable
 from artifactfs.names import ArtifactName, entry_path, parse
 from artifactfs.publish import NewRef
 from artifactfs.references import expand
 from artifactfs.session import Session
+from artifactfs.shared import find_shared, is_shared
 from artifactfs.tree import Tree
 
 Policy: TypeAlias = Literal["mutable", "immutable"]
@@ -107,6 +108,10 @@ class Contents:
             added = [(entry_path(name or uri.path.rpartition("/")[2]), self._borrow(uri.leaf(), uri.source()))]
         elif str(uri).startswith("wandb-artifact://"):
             added = [self._borrow_from(uri, name)]
+        elif is_shared(str(uri)):
+            added = list(self._borrow_all(str(uri), name))
+            if len(added) > max_objects:
+                raise UsageError(f"{uri} has more than {max_objects} entries; pass a larger max_objects")
         else:
             items = expand(str(uri), name, checksum=checksum, max_objects=max_objects, algorithm=self._algorithm)
             added = [(item.path, NewRef(item.ref, item.block_list)) for item in items]
@@ -183,6 +188,20 @@ class Contents:
         if leaf is None:
             raise no_such_entry(path, full)
         return entry_path(name or path.rpartition("/")[2]), self._borrow(leaf, source)
+
+    def _borrow_all(self, uri: str, name: str) -> Iterator[tuple[str, Leaf]]:
+        """The entry that an ``artifactfs:`` URI names, or all entries below a directory."""
+        opened = self._session()
+        version, path, entry = find_shared(opened.store, uri)
+        source = Stored(opened, version)
+        if not isinstance(entry, Dir):
+            yield entry_path(name or path.rpartition("/")[2]), self._borrow(entry, source)
+            return
+        prefix = f"{entry_path(name)}/" if name else ""
+        self._borrowed.append(source)
+        for below, found in opened.store.tree.walk(entry):
+            if not isinstance(found, Dir):
+                yield prefix + below, found
 
     def _borrow(self, leaf: Leaf, source: Stored | None) -> Leaf:
         """An entry of another artifact, to stand in this one too."""

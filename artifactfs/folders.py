@@ -1,4 +1,5 @@
-"""A local directory as a folder to publish, read while the commit walks it: symlinks, executable bits and empty directories stay.
+"""Local directories and references as folders to publish, read while the commit walks them: symlinks, executable bits and empty
+directories stay.
 
 One directory's names are in memory at a time for each level of depth, never the whole tree. Nothing is opened here: the
 publisher reads the files. A walk belongs to one thread.
@@ -7,12 +8,15 @@ publisher reads the files. A walk belongs to one thread.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import NoneType
+from typing import TypeGuard
 
 from artifactfs.errors import InvalidNameError, NotFoundError, UsageError, from_os_error
-from artifactfs.model import Dir, Symlink, is_executable
+from artifactfs.model import Dir, Entry, File, Ref, Symlink, is_executable
 from artifactfs.names import check_part
 from artifactfs.publish import Change, Folder, NewFile, NewRef
 from artifactfs.references import Expanded
@@ -41,7 +45,7 @@ class MadeFolder:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LocalFolder:
-    """The directory ``path`` and ``extra`` entries, which lie beside what is in it (a MadeFolder: also inside of it).
+    """The directory ``path``.
 
     With ``skip`` sockets, pipes and devices are passed over and told to it; without, they are refused. While it is walked:
     UsageError for a special file, InvalidNameError for a name that is not UTF-8, and the errors of the system for what cannot
@@ -49,34 +53,22 @@ class LocalFolder:
     """
 
     path: str
-    extra: Mapping[str, Change] = dataclasses.field(default_factory=dict)
     skip: Skip | None = None
     base: Dir | None = None
 
     def changes(self) -> Iterator[tuple[str, Change]]:
         for raw in self._names():
             name = os.fsdecode(raw)
-            change = self._local(name) if name not in self.extra else self._merged(name)
+            change = self._local(name)
             if change is not None:
                 yield name, change
 
     def _names(self) -> list[bytes]:
         """Sorted bytes, which take a quarter of the memory of directory entries."""
         try:
-            found = set(map(os.fsencode, os.listdir(self.path)))
+            return sorted(map(os.fsencode, os.listdir(self.path)))
         except OSError as error:
             raise from_os_error(error, f"reading directory {self.path}") from None
-        return sorted(found.union(map(os.fsencode, self.extra)))
-
-    def _merged(self, name: str) -> Change:
-        """A folder of ``extra`` goes into the local directory of its name; anything else of one name would hide the other."""
-        extra = self.extra[name]
-        path = os.path.join(self.path, name)
-        if not os.path.lexists(path):
-            return extra
-        if isinstance(extra, MadeFolder) and os.path.isdir(path) and not os.path.islink(path):
-            return LocalFolder(path, extra.children, self.skip)
-        raise UsageError(f"{path} and something else given would both be {name!r} in the version; give it another name")
 
     def _local(self, name: str) -> Change:
         path = os.path.join(self.path, name)
@@ -104,7 +96,7 @@ def local_change(path: str, skip: Skip | None = None, follow: bool = False) -> C
     if stat.S_ISREG(status.st_mode):
         return NewFile(path, is_executable(status.st_mode))
     if stat.S_ISDIR(status.st_mode):
-        return LocalFolder(path, skip=skip)
+        return LocalFolder(path, skip)
     what = f"{path} is {_SPECIAL.get(stat.S_IFMT(status.st_mode), 'a special file')}"
     if skip is None:
         raise UsageError(f"{what}, which a version cannot hold; remove it, or pass over such files with --skip-special")
@@ -123,46 +115,118 @@ def _symlink(path: str) -> Symlink:
     return Symlink("", target)
 
 
-def gather(paths: Sequence[str], references: Sequence[Expanded] = (), skip: Skip | None = None) -> Folder:
-    """The folder of a version made from local paths and references.
+@dataclasses.dataclass(frozen=True, slots=True)
+class ReferenceFolder:
+    """``references``, which come sorted by the components of their paths, as folders. Read as the walk goes on, and only so."""
+
+    references: Iterable[Expanded]
+    base: Dir | None = None
+
+    def changes(self) -> Iterator[tuple[str, Change]]:
+        return _Cursor(iter(self.references)).level("")
+
+
+class _Cursor:
+    """Where the walk is in sorted references. Its folders share it, so each must be walked before the next name is asked for."""
+
+    def __init__(self, references: Iterator[Expanded]) -> None:
+        self._rest = references
+        self._at = next(references, None)
+
+    def level(self, prefix: str) -> Iterator[tuple[str, Change]]:
+        last = ""
+        while self._at is not None and self._at.path.startswith(prefix):
+            here = self._at
+            name, below, _ = here.path[len(prefix) :].partition("/")
+            if name == last:
+                raise _clash(prefix + name, here)
+            last = name
+            if below:
+                yield name, _Below(self, f"{prefix}{name}/")
+                continue
+            yield name, NewRef(here.ref, here.block_list) if here.block_list else here.ref
+            self._at = next(self._rest, None)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Below:
+    cursor: _Cursor
+    prefix: str
+    base: Dir | None = None
+
+    def changes(self) -> Iterator[tuple[str, Change]]:
+        return self.cursor.level(self.prefix)
+
+
+def _clash(path: str, other: Expanded) -> UsageError:
+    if other.path == path:
+        return UsageError(f"two references would both be {path!r} in the version; log them apart")
+    return UsageError(f"reference {other.path!r} lies below {path!r}, which is a reference itself; give it another name")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MergedFolder:
+    """What is in either folder; folders of one name are merged, anything else of one name would hide the other: a UsageError."""
+
+    one: Folder
+    other: Folder
+    base: Dir | None = None
+
+    def changes(self) -> Iterator[tuple[str, Change]]:
+        ours, theirs = self.one.changes(), self.other.changes()
+        mine, yours = next(ours, None), next(theirs, None)
+        # A folder is walked before its iterator is asked for the next name: see _Cursor.
+        while mine is not None or yours is not None:
+            if yours is None or (mine is not None and os.fsencode(mine[0]) < os.fsencode(yours[0])):
+                assert mine is not None
+                yield mine
+                mine = next(ours, None)
+            elif mine is None or os.fsencode(yours[0]) < os.fsencode(mine[0]):
+                yield yours
+                yours = next(theirs, None)
+            else:
+                yield mine[0], self._both(mine[0], mine[1], yours[1])
+                mine, yours = next(ours, None), next(theirs, None)
+
+    def _both(self, name: str, one: Change, other: Change) -> Folder:
+        if _is_folder(one) and _is_folder(other):
+            return MergedFolder(one, other)
+        where = os.path.join(self.one.path, name) if isinstance(self.one, LocalFolder) else name
+        raise UsageError(f"{_shown(where)} and something else given would both be {name!r} in the version; give it another name")
+
+
+def _is_folder(change: Change) -> TypeGuard[Folder]:
+    return not isinstance(change, (File, Dir, Symlink, Ref, NewFile, NewRef, NoneType))
+
+
+def gather(
+    paths: Sequence[str],
+    references: Iterable[Expanded] = (),
+    skip: Skip | None = None,
+    shared: Mapping[str, Entry] | None = None,
+) -> Folder:
+    """The folder of a version made from local paths, references, and entries by name that are stored already.
 
     One directory gives its contents; one file, or several paths, lie under their last names. A path that is a link stands for
-    what it leads to; links below it are kept as links. UsageError if two would have one name.
+    what it leads to; links below it are kept as links. ``references`` come in the order of :class:`ReferenceFolder`. UsageError
+    if two would have one name, which for some is found while the folder is walked.
     """
-    extra = _nested(references)
+    folders = [_local_folder(paths, skip)] if paths else []
+    if shared:
+        folders.append(MadeFolder(shared))
+    folders.append(ReferenceFolder(references))
+    return functools.reduce(MergedFolder, folders)
+
+
+def _local_folder(paths: Sequence[str], skip: Skip | None) -> Folder:
     if len(paths) == 1 and os.path.isdir(paths[0]):
-        return LocalFolder(paths[0], extra, skip)
-    children = dict(extra)
+        return LocalFolder(paths[0], skip)
+    children: dict[str, Change] = {}
     for path in paths:
         name = check_part(os.path.basename(os.path.abspath(path)), _shown(path))
         change = local_change(path, skip, follow=True)
         if name in children:
-            other = children[name]
-            if not (isinstance(change, LocalFolder) and isinstance(other, MadeFolder)):
-                raise UsageError(
-                    f"{path} and something else given would both be {name!r} in the version; log them apart, or rename"
-                )
-            change = dataclasses.replace(change, extra=other.children)
+            raise UsageError(f"{path} and something else given would both be {name!r} in the version; log them apart, or rename")
         if change is not None:
             children[name] = change
     return MadeFolder(children)
-
-
-def _nested(references: Sequence[Expanded]) -> dict[str, Change]:
-    """The references as nested folders."""
-    root: dict[str, Change] = {}
-    for found in references:
-        *parents, name = found.path.split("/")
-        level = root
-        for parent in parents:
-            folder = level.setdefault(parent, MadeFolder({}))
-            if not isinstance(folder, MadeFolder):
-                raise UsageError(
-                    f"reference {found.path!r} lies below {parent!r}, which is a reference itself; give it another name"
-                )
-            assert isinstance(folder.children, dict)
-            level = folder.children
-        if name in level:
-            raise UsageError(f"two references would both be {found.path!r} in the version; log them apart")
-        level[name] = NewRef(found.ref, found.block_list) if found.block_list else found.ref
-    return root

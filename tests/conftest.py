@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 from programs import afs, folder, logged  # noqa: F401 - fixtures for all
-from servers import azurite, bucket, gcs, gcs_bucket, seaweed, shared_bucket, versioned_bucket  # noqa: F401 - fixtures for all
+from servers import azurite, bucket, container, gcs, gcs_bucket, seaweed, shared_bucket, versioned_bucket  # noqa: F401 - fixtures for all
 
 # Test modules by the layer of what they test; one that is not named here runs between the layers and the command line.
 _ORDER = (

@@ -7,7 +7,11 @@ directory; at the end of the session it is killed by its process id.
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import email.utils
+import hashlib
+import hmac
 import importlib.util
 import itertools
 import json
@@ -122,6 +126,40 @@ class AzureServer:
             "AZURE_ALLOW_HTTP": "true",
         }
 
+    def call(self, method: str, path: str, query: str = "", body: bytes = b"", **headers: str) -> None:
+        """One signed request for ``path`` (``/container/blob``); ``query`` is at most one parameter."""
+        date = email.utils.formatdate(usegmt=True)
+        named = {"x-ms-date": date, "x-ms-version": "2021-12-02"}
+        named.update({name.replace("_", "-"): value for name, value in headers.items()})
+        canonical = "".join(f"{name}:{named[name]}\n" for name in sorted(named))
+        resource = f"/{self.account}/{self.account}{path}" + (f"\n{query.replace('=', ':')}" if query else "")
+        length = str(len(body)) if body else ""
+        text = f"{method}\n\n\n{length}\n\napplication/octet-stream\n\n\n\n\n\n\n{canonical}{resource}"
+        digest = hmac.new(base64.b64decode(self.key), text.encode(), hashlib.sha256).digest()
+        named["Authorization"] = f"SharedKey {self.account}:{base64.b64encode(digest).decode()}"
+        named["Content-Type"] = "application/octet-stream"
+        url = f"{self.url}{path}" + (f"?{query}" if query else "")
+        request = urllib.request.Request(url, body or None, named, method=method)
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            answer.read()
+
+
+@dataclasses.dataclass(frozen=True)
+class Container:
+    """An Azure container of its own for one test."""
+
+    server: AzureServer
+    name: str
+
+    def put(self, key: str, data: bytes) -> None:
+        self.server.call("PUT", f"/{self.name}/{quote(key)}", "", data, x_ms_blob_type="BlockBlob")
+
+    def delete(self, key: str) -> None:
+        self.server.call("DELETE", f"/{self.name}/{quote(key)}")
+
+    def uri(self, key: str = "") -> str:
+        return f"https://{self.server.account}.blob.core.windows.net/{self.name}/{quote(key)}"
+
 
 @dataclasses.dataclass(frozen=True)
 class GcsServer:
@@ -213,6 +251,16 @@ def azurite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AzureServer]:
         url = f"http://127.0.0.1:{port}/{AZURE_ACCOUNT}"
         _wait_for(process, folder, lambda: _status(url) != 0)
         yield AzureServer(url, process.pid)
+
+
+@pytest.fixture
+def container(azurite: AzureServer, monkeypatch: pytest.MonkeyPatch) -> Container:
+    """An empty container; the environment has what a client needs to reach it."""
+    for key, value in azurite.environment().items():
+        monkeypatch.setenv(key, value)
+    name = f"container-{next(_numbers)}"
+    azurite.call("PUT", f"/{name}", "restype=container")
+    return Container(azurite, name)
 
 
 @pytest.fixture(scope="session")

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from shelves import write_files
 
 from artifactfs.errors import InvalidNameError, NotFoundError, NotPermittedError, UsageError
-from artifactfs.folders import LocalFolder, MadeFolder, gather
+from artifactfs.folders import LocalFolder, gather
 from artifactfs.model import Ref, Symlink
 from artifactfs.publish import Folder, NewFile, NewRef
 from artifactfs.references import Expanded
+from artifactfs.references.sorting import SortedEntries
 
 
 def flat(folder: Folder, prefix: str = "") -> dict[str, Any]:
@@ -24,7 +25,7 @@ def flat(folder: Folder, prefix: str = "") -> dict[str, Any]:
     names = []
     for name, change in folder.changes():
         names.append(os.fsencode(name))
-        is_folder = isinstance(change, (LocalFolder, MadeFolder))
+        is_folder = hasattr(change, "changes")
         found[prefix + name] = None if is_folder else change
         if is_folder:
             found |= flat(change, f"{prefix}{name}/")
@@ -34,6 +35,10 @@ def flat(folder: Folder, prefix: str = "") -> dict[str, Any]:
 
 def ref(path: str, block_list: bytes = b"") -> Expanded:
     return Expanded(path, Ref(path.rpartition("/")[2], f"https://x/{path}", "etag", 3), block_list)
+
+
+def in_order(*references: Expanded) -> SortedEntries:
+    return SortedEntries(references, "/nowhere")
 
 
 def test_everything_is_kept(tmp_path: Path) -> None:
@@ -86,7 +91,7 @@ def test_special_files(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="pipe is a named pipe, which a version cannot hold"):
         flat(LocalFolder(str(tmp_path)))
     told: list[str] = []
-    assert flat(LocalFolder(str(tmp_path), skip=told.append)) == {}
+    assert flat(LocalFolder(str(tmp_path), told.append)) == {}
     assert told == [f"{tmp_path}/pipe is a named pipe"]
     with pytest.raises(UsageError, match="is a character device"):
         gather(["/dev/null"])
@@ -145,7 +150,7 @@ def test_gather_several_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_references_lie_beside_and_inside(tmp_path: Path) -> None:
     write_files(tmp_path, {"a": b"", "d/x": b""})
-    found = flat(gather([str(tmp_path)], [ref("z"), ref("d/y", b"list"), ref("d/e/w"), ref("new/v")]))
+    found = flat(gather([str(tmp_path)], in_order(ref("z"), ref("d/y", b"list"), ref("d/e/w"), ref("new/v"))))
     assert list(found) == ["a", "d", "d/e", "d/e/w", "d/x", "d/y", "new", "new/v", "z"]
     assert isinstance(found["z"], Ref)
     assert isinstance(found["d/y"], NewRef)
@@ -157,10 +162,10 @@ def test_references_lie_beside_and_inside(tmp_path: Path) -> None:
 def test_two_of_one_name(tmp_path: Path, references: list[str]) -> None:
     write_files(tmp_path, {"a": b"", "d/x": b""})
     with pytest.raises(UsageError):
-        flat(gather([str(tmp_path)], list(map(ref, references))))
+        flat(gather([str(tmp_path)], in_order(*map(ref, references))))
     if references[0] != "d/x":
         with pytest.raises(UsageError):
-            flat(gather([str(tmp_path / "a"), str(tmp_path / "d")], list(map(ref, references))))
+            flat(gather([str(tmp_path / "a"), str(tmp_path / "d")], in_order(*map(ref, references))))
 
 
 def test_link_to_a_directory_and_a_reference_below_it(tmp_path: Path) -> None:

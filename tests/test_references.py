@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -18,6 +19,7 @@ import xxhash
 from blake3 import blake3
 from http_server import FaultServer
 
+from artifactfs import references
 from artifactfs.content import fingerprint
 from artifactfs.errors import (
     ArtifactFSError,
@@ -28,7 +30,12 @@ from artifactfs.errors import (
     UsageError,
 )
 from artifactfs.model import BLOCK, MD5, Ref
-from artifactfs.references import Expanded, WholeOnly, expand, is_pinned, open_reference, resolve, source_key
+from artifactfs.references import Expanded, WholeOnly, is_pinned, open_reference, resolve, source_key
+
+
+def expand(*arguments: Any, **options: Any) -> list[Expanded]:
+    return list(references.expand(*arguments, **options))
+
 
 BIG = random.Random(2).randbytes(2 * BLOCK + 12345)
 
@@ -156,7 +163,7 @@ def test_max_objects(folder: Path) -> None:
     "uri",
     [
         *("", "data/x", "/data/x", "file:data", "file:x/y", "file://host/path", "file://rel/path", "file://", "file:"),
-        *("file:///a\0b", "file:///a\nb", "http:", "http:///x", "https://", "http://[::1", "s3://bucket/key", "://x", "1a://x"),
+        *("file:///a\0b", "file:///a\nb", "http:", "http:///x", "https://", "http://[::1", "s3://", "s3:///key", "://x", "1a://x"),
     ],
 )
 def test_malformed_uris(uri: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import uuid
 from typing import Any
@@ -17,10 +18,12 @@ from artifactfs.cli.session import Session, command, pass_session
 from artifactfs.content import check_algorithm
 from artifactfs.errors import IntegrityError, UsageError
 from artifactfs.folders import gather
-from artifactfs.model import BLAKE3, Version
-from artifactfs.publish import Draft, Progress, publish
-from artifactfs.references import Expanded, expand
+from artifactfs.model import BLAKE3, Entry, Version
+from artifactfs.publish import Draft, Folder, Progress, publish
+from artifactfs.references import expand
+from artifactfs.references.sorting import SortedEntries
 from artifactfs.session import opened
+from artifactfs.shared import is_shared, top_entries
 from artifactfs.store.urls import open_store
 
 
@@ -29,7 +32,9 @@ from artifactfs.store.urls import open_store
 @click.argument("paths", metavar="PATH...", nargs=-1, type=click.Path())
 @arguments.draft_options
 @click.option("--digest", "algorithm", default=BLAKE3, metavar="ALG", help="blake3 (the default), md5 or xxh128.")
-@click.option("--reference", "references", multiple=True, metavar="URI", help="Add a file: or http(s): URI. Repeatable.")
+@click.option(
+    "--reference", "references", multiple=True, metavar="URI", help="Add a URI (file, http, s3, gs, Azure, artifactfs)."
+)
 @click.option("--ttl", metavar="30d", help="Expire so long after creation.")
 @click.option("--skip-special", is_flag=True, help="Pass over sockets, pipes and devices, with a warning for each.")
 @pass_session
@@ -67,13 +72,10 @@ def _draft(session: Session, name: str, paths: tuple[str, ...], options: dict[st
     metadata = arguments.metadata(options["metadata_text"])
     ttl = arguments.ttl(options["ttl"])
     _refuse_store(session, paths)
-    found: list[Expanded] = []
-    for uri in options["references"]:
-        found += expand(uri, algorithm=algorithm)
     return Draft(
         name=parsed,
         type=options["kind"],
-        folder=gather(paths, found, (lambda what: session.warn(f"{what}: passed over")) if options["skip_special"] else None),
+        folder=_folder(session, paths, options, algorithm),
         commit=uuid.uuid4().hex,
         algorithm=algorithm,
         description=options["description"],
@@ -82,6 +84,24 @@ def _draft(session: Session, name: str, paths: tuple[str, ...], options: dict[st
         aliases=options["aliases"],
         ttl=ttl,
     )
+
+
+def _folder(session: Session, paths: tuple[str, ...], options: dict[str, Any], algorithm: str) -> Folder:
+    """What is to be logged; all references are looked up here."""
+    shared: dict[str, Entry] = {}
+    outside = []
+    for uri in options["references"]:
+        if not is_shared(uri):
+            outside.append(uri)
+            continue
+        found = top_entries(open_store(session.settings.store), uri)
+        if taken := next((name for name in found if name in shared), ""):
+            raise UsageError(f"two references would both be {taken!r} in the version; log them apart")
+        shared.update(found)
+    expanded = itertools.chain.from_iterable(expand(uri, algorithm=algorithm) for uri in outside)
+    references = SortedEntries(expanded, str(session.settings.staging_dir))
+    skip = (lambda what: session.warn(f"{what}: passed over")) if options["skip_special"] else None
+    return gather(paths, references, skip, shared)
 
 
 def _refuse_store(session: Session, paths: tuple[str, ...]) -> None:

@@ -1,6 +1,6 @@
 """Outside bytes: expand a URI into entries when it is added, and open an entry's pinned bytes when it is read.
 
-``expand(uri, …)`` and ``open_reference(ref)`` dispatch on the scheme; one module a scheme does the work.
+``expand(uri, …)`` and ``open_reference(ref)`` dispatch on the scheme; one module a kind of source does the work.
 
 A reference is *pinned* when something recorded tells its bytes from other ones: a content id, an ETag, a version id, a
 modification time. Bytes that are not as pinned are never served: reading them is a SourceChangedError.
@@ -8,11 +8,14 @@ modification time. Bytes that are not as pinned are never served: reading them i
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Literal, TypeAlias
+
 from artifactfs.content import check_algorithm
 from artifactfs.errors import UsageError
 from artifactfs.model import BLAKE3, Ref, scheme_of
 from artifactfs.names import entry_path
-from artifactfs.references import file
+from artifactfs.references import bucket, file
 from artifactfs.references.source import DEADLINE, PINS, Expanded, Source, WholeOnly, source_key
 
 __all__ = [
@@ -25,6 +28,7 @@ __all__ = [
     "expand",
     "is_local",
     "is_pinned",
+    "is_verified",
     "open_reference",
     "resolve",
     "source_key",
@@ -32,7 +36,8 @@ __all__ = [
 
 DEFAULT_MAX_OBJECTS = 10_000_000
 
-_WEB = ("http", "https")
+Kind: TypeAlias = Literal["file", "web", "bucket", "other"]
+"""What reads a reference; nothing reads the last."""
 
 
 def expand(
@@ -42,32 +47,38 @@ def expand(
     checksum: bool = True,
     max_objects: int = DEFAULT_MAX_OBJECTS,
     algorithm: str = BLAKE3,
-) -> list[Expanded]:
-    """The entries for ``uri``: one, or one for each file of a directory, in order of their paths.
+) -> Iterator[Expanded]:
+    """The entries for ``uri``: one, or one for each file of a directory or object of a prefix, in any order, as they are found.
 
     ``name`` is the path of the single entry, or of the directory they go into; "" takes the default of the scheme. With
     ``checksum`` False nothing is read and nothing is pinned. More than ``max_objects`` entries (0: the default) is a
-    UsageError, as is a URI that cannot be right; a target that is not there is a NotFoundError.
+    UsageError, as is a URI that cannot be right; a target that is not there is a NotFoundError. Memory is bounded, but for a
+    local directory's names.
     """
     algorithm = check_algorithm(algorithm)
     name = entry_path(name) if name else ""
-    scheme = _checked_scheme(uri)
-    if scheme == "file":
-        return file.expand(uri, name, checksum, max_objects or DEFAULT_MAX_OBJECTS, algorithm)
-    if scheme in _WEB:
+    kind = _kind(_checked(uri))
+    if kind == "file":
+        yield from file.expand(uri, name, checksum, max_objects or DEFAULT_MAX_OBJECTS, algorithm)
+    elif kind == "bucket":
+        yield from bucket.expand(uri, name, checksum, max_objects or DEFAULT_MAX_OBJECTS)
+    elif kind == "web":
         from artifactfs.references import web  # requests costs 0.2 s: only for those who have such references
 
-        return [web.expand(uri, name, checksum)]
-    if not name:
-        raise UsageError(f"reference {uri[:200]!r} needs a name: none can be told from a {scheme}: URI")
-    return [Expanded(name, Ref(name.rpartition("/")[2], uri, digest=uri, size=-1))]
+        yield web.expand(uri, name, checksum)
+    elif not name:
+        raise UsageError(f"reference {uri[:200]!r} needs a name: none can be told from a {scheme_of(uri)}: URI")
+    else:
+        yield Expanded(name, Ref(name.rpartition("/")[2], uri, digest=uri, size=-1))
 
 
 def open_reference(ref: Ref, deadline: float = DEADLINE) -> Source:
     """The pinned bytes of ``ref``, whose size must be known. No I/O. UsageError for a scheme that cannot be read."""
-    check_readable(ref)
-    if is_local(ref):
+    kind = check_readable(ref)
+    if kind == "file":
         return file.FileSource(ref)
+    if kind == "bucket":
+        return bucket.BucketSource(ref, deadline)
     from artifactfs.references import web  # requests costs 0.2 s: only for those who have such references
 
     return web.WebSource(ref, deadline)
@@ -91,25 +102,41 @@ def resolve(ref: Ref, deadline: float = DEADLINE) -> Ref:
     """
     if is_pinned(ref):
         return ref
-    check_readable(ref)
+    if check_readable(ref) == "bucket":
+        return bucket.resolve(ref, deadline)
     from artifactfs.references import web  # requests costs 0.2 s: only for those who have such references
 
     return web.resolve(ref, deadline)
 
 
-def _checked_scheme(uri: str) -> str:
+def is_verified(ref: Ref) -> bool:
+    """Whether what is read of ``ref`` is compared with anything that was recorded when it was added: a content id, or a pin."""
+    return bool(ref.id) or any(ref.extra.get(name) for name in PINS)
+
+
+def check_readable(ref: Ref) -> Kind:
+    """What kind of source ``ref`` has. UsageError for a reference that no scheme of ours can read."""
+    kind = _kind(ref.uri)
+    if kind == "other":
+        text = f"is only tracked: scheme {scheme_of(ref.uri)!r} is not recognized, it cannot be read"
+        raise UsageError(f"reference {ref.uri[:200]!r} {text}")
+    if kind == "file" and ref.size < 0:
+        raise UsageError(f"reference {ref.uri[:200]!r} has no size; add it again")
+    return kind
+
+
+def _kind(uri: str) -> Kind:
     scheme = scheme_of(uri)
-    if not scheme:
+    if scheme == "file":
+        return "file"
+    if bucket.is_bucket(uri):
+        return "bucket"
+    return "web" if scheme in ("http", "https") else "other"
+
+
+def _checked(uri: str) -> str:
+    if not scheme_of(uri):
         raise UsageError(f"reference {uri[:200]!r} has no scheme; write for example file:///path, https://… or s3://…")
     if "\0" in uri or "\n" in uri or "\r" in uri:
         raise UsageError(f"reference {uri[:200]!r} contains a line break or a NUL byte; percent-encode it")
-    return scheme
-
-
-def check_readable(ref: Ref) -> None:
-    """UsageError for a reference that no scheme of ours can read."""
-    scheme = scheme_of(ref.uri)
-    if scheme not in (*_WEB, "file"):
-        raise UsageError(f"reference {ref.uri[:200]!r} is only tracked: scheme {scheme!r} is not recognized, it cannot be read")
-    if scheme == "file" and ref.size < 0:
-        raise UsageError(f"reference {ref.uri[:200]!r} has no size; add it again")
+    return uri
