@@ -10,10 +10,10 @@ Only operations that are needed are defined, because each one that is defined is
 
 Importing this module raises MountError where libfuse 2 is not installed.
 
-Threads: two loops receive requests. libfuse's own has many threads, which fight over the interpreter: four programs that read
-get a fifth of what one thread would give them. :class:`_Loop` has one thread that receives and answers, as long as that is fast;
-once a request takes longer than :data:`PATIENCE` another thread receives beside it. The first is for mounts whose requests wait
-for a network, the second for all others. :meth:`Session.run` must be called in the main thread.
+Threads: libfuse's own loop has many, which fight over the interpreter: four programs that read get a fifth of what one thread
+would give them. :class:`_Loop` has one thread that receives and answers, as long as that is fast; once a request waits for a
+remote, or takes longer than :data:`PATIENCE`, another thread receives beside it. :meth:`Session.run` must be called in the main
+thread.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from artifactfs import mountpoint
 from artifactfs.errors import ArtifactFSError, MountError
 from artifactfs.model import Attributes, Space
 from artifactfs.view import FileTree
+from artifactfs.waiting import before_waiting
 
 
 def _find_libfuse() -> None:
@@ -62,7 +63,6 @@ _lib = fuse._libfuse
 _lib.fuse_setup.restype = ctypes.c_void_p
 _lib.fuse_setup.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 2, ctypes.c_size_t, *[ctypes.c_void_p] * 3]
 _lib.fuse_teardown.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
-_lib.fuse_loop_mt.argtypes = [ctypes.c_void_p]
 _lib.fuse_get_session.restype = ctypes.c_void_p
 _lib.fuse_get_session.argtypes = [ctypes.c_void_p]
 _lib.fuse_session_next_chan.restype = ctypes.c_void_p
@@ -138,13 +138,12 @@ class Options:
 
     ``label`` follows ``artifactfs#`` in the source of ``findmnt``. ``timeout`` is how long (seconds) the kernel may keep
     attributes and names of a tree that is not writable, and with ``keep_pages`` it keeps contents from one open to the next.
-    ``network``: requests may wait for one. ``extra`` are options for libfuse.
+    ``extra`` are options for libfuse.
     """
 
     label: str
     timeout: float = 0.0
     keep_pages: bool = False
-    network: bool = True
     allow_other: bool = False
     extra: tuple[str, ...] = ()
 
@@ -177,10 +176,7 @@ class Session:
         if not handle:
             raise MountError(f"{self._options.label} could not be mounted on {self._path}")
         try:
-            if self._options.network:
-                _lib.fuse_loop_mt(handle)
-            else:
-                _Loop(handle, _ChangingLinks if writable else None).run()
+            _Loop(handle, _ChangingLinks if writable else None).run()
         finally:
             _lib.fuse_teardown(handle, where)
         if self._device == -1:
@@ -201,7 +197,7 @@ class Session:
         options = self._options
         timeout = options.timeout
         if writable:
-            timeout = 0.0 if options.network else _CHANGING
+            timeout = _CHANGING
         known: dict[str, Any] = {
             "fsname": mountpoint.SOURCE + options.label,
             "subtype": "artifactfs",
@@ -253,9 +249,10 @@ class _Turn:
 class _Loop:
     """Receives requests and has each answered, in one thread as long as that is quick.
 
-    The *leader* is the thread whose turn it is. A watch looks at it every :data:`PATIENCE` while there is work; if it is still
-    at the request of the last look, it is overtaken: another thread has the next turn. It answers its request, and then waits
-    to be called again. ``_lock`` guards whose turn it is and who waits.
+    The *leader* is the thread whose turn it is. When it is about to wait for a remote, it is overtaken: another thread has the
+    next turn. It answers its request, and then waits to be called again. So it is if its request takes long for another reason:
+    a watch looks at it every :data:`PATIENCE` while there is work, and whether it is still at the request of the last look.
+    ``_lock`` guards whose turn it is and who waits.
     """
 
     def __init__(self, handle: int, links: type[_ChangingLinks] | None = None) -> None:
@@ -293,6 +290,7 @@ class _Loop:
     def _lead(self, turn: _Turn) -> None:
         """Answer requests until this thread is overtaken or the mount has ended."""
         buffer = ctypes.create_string_buffer(self._size)
+        before_waiting(functools.partial(self._overtake, turn))
         session, channel, size, work = self._session, self._channel, self._size, self._work_to_watch
         place = ctypes.byref(channel)
         links = self._links

@@ -1,10 +1,12 @@
 """Handles: checked reads of entries, wherever their bytes lie.
 
-Three ways lead to the bytes. Content of a local store is read by the store itself. A ``file://`` reference is read where it
-is, each block checked. Everything else goes through the cache in blocks: what is there is read from it, a miss joins the
-fetch that is already under way for that block or starts one, and blocks are released one by one as they arrive and pass
-their check. A block that fails it is fetched once more, then its readers get an IntegrityError. Wrong bytes are neither
-served nor cached. What the cache does not take (none, disk full) is kept in memory for a while.
+Four ways lead to the bytes. Content of a local store is read by the store itself. A ``file://`` reference is read where it
+is, each block checked. Small contents of a remote store go through :mod:`artifactfs.packed`: the first that is missing in a
+pack is fetched alone, with the next one all that its page has in that pack. Everything else goes through the cache in blocks:
+what is there is read from it, a miss joins the fetch that is already under way for that block or starts one, and blocks are
+released one by one as they arrive and pass their check. A block that fails it is fetched once more, then its readers get an
+IntegrityError. Wrong bytes are neither served nor cached. What the cache does not take (none, disk full) is kept in memory for
+a while. The block list of a content is fetched beside its first blocks, which wait for it before they are used.
 
 Reading in sequence opens a window that doubles as it is used up and is fetched by several streams; a far seek closes it and
 fetches the blocks touched, no more. A remote that sends only whole contents is streamed once from its first byte, and its
@@ -23,17 +25,17 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from queue import Empty, SimpleQueue
-from typing import Generic, Protocol, TypeAlias, TypeVar
+from typing import Protocol, TypeAlias
 
 from cachetools import LRUCache
 
 from artifactfs.cache import BlockCache, CachedContent
 from artifactfs.content import DIGEST_SIZE, block_digest, check_block_list
-from artifactfs.errors import ArtifactFSError, IntegrityError, NetworkError, OfflineError, SourceChangedError
+from artifactfs.errors import ArtifactFSError, IntegrityError, NetworkError, SourceChangedError
 from artifactfs.model import BLOCK, File, Ref, block_count, reference_key, scheme_of
+from artifactfs.packed import PackedContents, Small, closed_error, offline_error
 from artifactfs.references import (
     DEADLINE,
     Source,
@@ -46,6 +48,7 @@ from artifactfs.references import (
     source_key,
 )
 from artifactfs.store import LocalContent, Store
+from artifactfs.waiting import Budget, Result, Workers
 
 log = logging.getLogger(__name__)
 
@@ -64,12 +67,14 @@ _STEP = 8 * BLOCK  # a read of more is served in steps of this size
 _STREAMS = 8  # a content
 _MEMORY = 64 * BLOCK  # blocks that the cache did not take, and checked blocks of local references
 _PAUSE = 10.0  # seconds that a whole content waits, with nowhere to keep its blocks, for somebody to read on
-_IDLE = 10.0  # seconds until a thread without work ends
 _PROGRESS = 16 << 10  # bytes; a remote that drips less must not keep its readers waiting
 _RESOLVED = 65536  # references whose size was asked for
 _LIST = -1  # the block list, as a block number
+_PACKS = 16384  # packs and pages of which is known how often a content was missing there
 
 Entry: TypeAlias = File | Ref
+Beside: TypeAlias = Callable[[], tuple[bytes, Sequence[object]]]
+"""Gives the id of the page that an entry is of, and the entries of that."""
 
 
 class Handle(Protocol):
@@ -102,25 +107,30 @@ class Reader:
         self.store = store
         self.cache = cache
         self.offline = offline
-        self.budget = budget
+        self.budget = Budget(budget)
         self.deadline = deadline
         self._lock = threading.Lock()
-        self._workers = _Workers()
+        self._workers = Workers()
         self._contents: dict[tuple[bytes, int, str], _Content] = {}
+        self._packs = _Packs()
+        self._packed = PackedContents(store.stream, cache, offline=offline, budget=self.budget, deadline=deadline)
         self._memory: LRUCache[tuple[bytes, int], bytes] = LRUCache(_MEMORY, getsizeof=len)
         self._resolved: LRUCache[bytes, Ref] = LRUCache(_RESOLVED)
-        self._resolving: dict[bytes, _Result[Ref]] = {}
-        self._in_flight = 0
+        self._resolving: dict[bytes, Result[Ref]] = {}
         self._local_store = scheme_of(store.url) in ("", "file")
         self._closed = False
 
-    def open(self, entry: Entry, where: str = "") -> Handle:
+    def open(self, entry: Entry, where: str = "", beside: Beside | None = None) -> Handle:
         """A handle on the bytes of ``entry``; ``where`` (``entity/project/name:v3/path``) names it in messages. Makes no
-        connection. UsageError for a reference that cannot be read."""
+        connection. ``beside`` gives the page that the entry is of, whose other contents may then be fetched with it. UsageError
+        for a reference that cannot be read."""
         if isinstance(entry, File):
             local = self.store.local_content(entry)
             if local is not None:
                 return _StoredHandle(entry.size, local, where)
+            place = self.store.packed(entry)
+            if place is not None:
+                return _PackedHandle(self, self._packed, Small(entry.id, place), where or entry.name, beside)
         elif is_local(entry):
             return _LocalHandle(self, entry, where or entry.uri)
         else:
@@ -150,13 +160,34 @@ class Reader:
         finally:
             cached.close()
 
+    def prefetch_small(self, entries: Iterable[Entry]) -> bool:
+        """Begin to fetch those of ``entries`` that are small contents of a remote store and not here, together where they lie
+        together. False if the budget was used up already: ask again after some were read."""
+        return self._packed.prefetch(self._smalls(entries))
+
+    def rest_of_pack(self, small: Small, beside: Beside) -> Iterable[Small]:
+        """What to fetch besides ``small``, which is missing: the contents beside it in the same pack, unless it is the first
+        that is missing there."""
+        page, entries = beside()
+        if self.budget.left < _DEMAND * BLOCK or not self._packs.goes_on(small.extent.object, page):
+            return ()
+        return (other for other in self._smalls(entries) if other.extent.object == small.extent.object)
+
+    def _smalls(self, entries: Iterable[object]) -> Iterator[Small]:
+        for entry in entries:
+            if isinstance(entry, File):
+                place = self.store.packed(entry)
+                if place is not None:
+                    yield Small(entry.id, place)
+
     def close(self) -> None:
         """Stop all fetches; whoever waits for one gets an error. Idempotent."""
+        self._packed.close()
         with self._lock:
             self._closed = True
             slots = [slot for content in self._contents.values() for slot in self._cancel_all(content)]
         for slot in slots:
-            slot.fail(_closed_error())
+            slot.fail(closed_error())
 
     def pinned(self, entry: Entry, where: str) -> Entry:
         """``entry`` itself, or a reference that was recorded without a pin or a size as its remote has it now."""
@@ -169,7 +200,7 @@ class Reader:
             first = known is None and result is None
             if first:
                 self._check_online(where or entry.uri)
-                result = self._resolving[key] = _Result()
+                result = self._resolving[key] = Result()
         if known is not None:
             return known
         assert result is not None
@@ -179,7 +210,7 @@ class Reader:
             raise NetworkError(f"{where or entry.uri}: no answer within {self.deadline:g} s; check the network, then try again")
         return result.get()
 
-    def _resolve(self, ref: Ref, key: bytes, result: _Result[Ref]) -> None:
+    def _resolve(self, ref: Ref, key: bytes, result: Result[Ref]) -> None:
         try:
             found = resolve(ref, self.deadline)
         except BaseException as error:
@@ -216,7 +247,7 @@ class Reader:
                 slots = self._cancel_all(content)
             self._forget_unused(content)
         for slot in slots:
-            slot.fail(_closed_error())
+            slot.fail(closed_error())
 
     def _forget_unused(self, content: _Content) -> None:
         if not content.users and not content.fetches and self._contents.get(content.identity) is content:
@@ -233,7 +264,7 @@ class Reader:
         fetch.cancelled = True
         fetch.wake.set()
         content.spools.discard(fetch)
-        self._in_flight -= fetch.left
+        self.budget.give_back(fetch.left)
         fetch.left = 0
         blocks = [block for block, slot in content.slots.items() if slot.fetch is fetch]
         return [content.slots.pop(block) for block in blocks]
@@ -289,7 +320,7 @@ class Reader:
         with self._starting() as start, self._lock:
             missing = [block for block in range(first, end) if block not in content.slots and not content.has(block)]
             for low, high in _runs(missing, part):
-                room = self.budget - self._in_flight >= (high - low) * BLOCK
+                room = self.budget.left >= (high - low) * BLOCK
                 if self._closed or not room or len(content.fetches) >= _STREAMS:
                     return low
                 self._begin(content, low, high, where, start)
@@ -316,7 +347,7 @@ class Reader:
         else:
             content.slots.update((block, _Slot(fetch)) for block in range(first, end))
             fetch.left = sum(content.length(block) for block in range(max(first, 0), end))
-            self._in_flight += fetch.left
+            self.budget.charge(fetch.left)
         start.append(fetch)
         return fetch
 
@@ -331,9 +362,9 @@ class Reader:
 
     def _check_online(self, where: str) -> None:
         if self._closed:
-            raise _closed_error()
+            raise closed_error()
         if self.offline:
-            raise OfflineError(f"{where} is not in the cache, and offline nothing is fetched; run `artifactfs warm` when online")
+            raise offline_error(where)
 
     # Waiting
 
@@ -413,7 +444,7 @@ class Reader:
                         content.slots[block].fetch = spool
                     spool.wake.set()
                     return False
-            self._in_flight -= fetch.left
+            self.budget.give_back(fetch.left)
             fetch.left = 0
             fetch.whole, fetch.first, fetch.end, fetch.position = True, 0, block_count(content.size), 0
             content.spools.add(fetch)
@@ -445,6 +476,7 @@ class Reader:
     def _take(self, fetch: _Fetch, block: int, data: bytes) -> None:
         """Check and deliver one block; one that fails is fetched once more."""
         content = fetch.content
+        content.prepare(fetch.where)
         if not content.matches(block, data):
             log.warning("%s: block %d from %s fails its check; it is fetched again", fetch.where, block, content.where())
             data = content.fetch_block(block)
@@ -478,7 +510,7 @@ class Reader:
         fetch.position = block + 1
         done = min(fetch.left, fetch.content.length(block))  # nothing is left of a cancelled fetch, or of a whole content
         fetch.left -= done
-        self._in_flight -= done
+        self.budget.give_back(done)
         return fetch.content.slots.pop(block, None)
 
     def _pause(self, fetch: _Fetch) -> None:
@@ -547,7 +579,9 @@ class _Content:
         return (self.cached is not None and self.cached.has(block)) or (self.key, block) in self._reader._memory
 
     def peek(self, block: int, start: int, size: int) -> bytes | None:
-        """``size`` bytes from ``start`` of a block that is cached; its digest must be known by now."""
+        """``size`` bytes from ``start`` of a block that is cached, if its digest is known by now."""
+        if self._digests is None:
+            return None
         data = self.cached.read(block, start, size, self._digest(block)) if self.cached is not None else None
         if data is None:
             kept = self._reader.recall(self.key, block)
@@ -581,6 +615,12 @@ class _Content:
             return SourceChangedError(f"{where}: {self.where()} is no longer what was recorded (block {block}); add it again")
         text = f"{where}: block {block} from {self.where()} does not match its recorded digest, fetched twice"
         return IntegrityError(f"{text}; run `artifactfs verify`")
+
+    def begin(self, where: str) -> None:
+        """Begin to fetch the block digests, if they are recorded and not known yet: blocks are fetched meanwhile, and wait for
+        them before they are used."""
+        if self._digests is None and not self._load_cached_list():
+            self._reader.want(self, [_LIST], where)
 
     def prepare(self, where: str) -> None:
         """Make sure that the block digests are known, if they are recorded at all."""
@@ -633,7 +673,7 @@ class _RemoteHandle:
         end = min(offset + size, content.size)
         if offset < 0 or offset >= end:
             return b""
-        content.prepare(self._where)
+        content.begin(self._where)
         target = self._advance(offset, end)
         parts: list[bytes] = []
         while offset < end:
@@ -684,6 +724,7 @@ class _RemoteHandle:
             data = self._reader.wait(content, block, slot, self._where)
             if data is not None:
                 return data if (low, high) == (0, len(data)) else data[low:high]
+            content.prepare(self._where)
             data = content.peek(block, low, high - low)
             if data is not None:
                 return data
@@ -721,6 +762,44 @@ class _RemoteHandle:
             done = self._reader.prefetch(content, first, target, self._where)
             with self._lock:
                 self._ahead = max(self._ahead, done)
+
+
+class _PackedHandle:
+    """Small content of a remote store, which is fetched together with others."""
+
+    def __init__(self, reader: Reader, packed: PackedContents, small: Small, where: str, beside: Beside | None) -> None:
+        self.size = small.extent.length
+        self._packed = packed
+        self._small = small
+        self._where = where
+        self._ahead = functools.partial(reader.rest_of_pack, small, beside) if beside is not None else None
+
+    def read(self, offset: int, size: int) -> bytes:
+        return self._packed.read(self._small, offset, size, self._where, self._ahead) if offset >= 0 else b""
+
+    def close(self) -> None:
+        """Nothing is kept open."""
+
+
+class _Packs:
+    """Which packs are being read in: what is missing there once may be all that is asked for, what is missing twice is not.
+
+    A page's contents are fetched ahead again only when far more of them were missing since: they do not fit into the cache.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._missed: LRUCache[bytes, int] = LRUCache(_PACKS)
+        self._due: LRUCache[tuple[bytes, bytes], int] = LRUCache(_PACKS)
+
+    def goes_on(self, object: bytes, page: bytes) -> bool:
+        """Take note that a content of ``page`` was missing in the pack ``object``; whether to fetch the others there."""
+        with self._lock:
+            missed = self._missed[object] = self._missed.get(object, 0) + 1
+            if missed < self._due.get((object, page), 2):
+                return False
+            self._due[object, page] = missed * 4
+            return True
 
 
 class _StoredHandle:
@@ -788,37 +867,7 @@ class _LocalHandle:
         return data
 
 
-_T = TypeVar("_T")
-
-
-class _Result(Generic[_T]):
-    """A value that one thread sets, once, and others wait for."""
-
-    def __init__(self) -> None:
-        self._done = threading.Event()
-        self._value: _T | None = None
-        self._error: BaseException | None = None
-
-    def set(self, value: _T) -> None:
-        self._value = value
-        self._done.set()
-
-    def fail(self, error: BaseException) -> None:
-        self._error = error
-        self._done.set()
-
-    def wait(self, seconds: float) -> bool:
-        return self._done.wait(seconds)
-
-    def get(self) -> _T:
-        """The value, or the error that came instead, once :meth:`wait` said that it is there."""
-        if self._error is not None:
-            raise self._error
-        assert self._value is not None
-        return self._value
-
-
-class _Slot(_Result[bytes]):
+class _Slot(Result[bytes]):
     """Where readers wait for a block. ``fetch`` is to deliver it."""
 
     def __init__(self, fetch: _Fetch) -> None:
@@ -829,7 +878,7 @@ class _Slot(_Result[bytes]):
     def cancel(self) -> None:
         """The fetch was given up, for no fault of the block: who waits should ask again."""
         self.cancelled = True
-        self._done.set()
+        self.finish()
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -864,40 +913,6 @@ class _Fetch:
 
 class _StoppedError(Exception):
     """A fetch that nobody needs any more."""
-
-
-class _Workers:
-    """Runs every task at once, on an idle thread if there is one. The threads do not keep the process alive."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._idle = 0
-        self._tasks: SimpleQueue[Callable[[], None]] = SimpleQueue()
-
-    def run(self, task: Callable[[], None]) -> None:
-        """RuntimeError if the system has no more threads."""
-        with self._lock:
-            reuse = self._idle > 0
-            self._idle -= reuse
-        if reuse:
-            self._tasks.put(task)
-        else:
-            threading.Thread(target=self._work, args=(task,), name="artifactfs-fetch", daemon=True).start()
-
-    def _work(self, task: Callable[[], None]) -> None:
-        while True:
-            task()
-            del task  # or its blocks would live as long as this thread is idle
-            with self._lock:
-                self._idle += 1
-            try:
-                task = self._tasks.get(timeout=_IDLE)
-            except Empty:
-                with self._lock:
-                    if self._idle > 0:
-                        self._idle -= 1
-                        return
-                task = self._tasks.get()  # our place was given to a task that is just being put
 
 
 def _key(entry: Entry, where: str) -> bytes:
@@ -939,7 +954,3 @@ def _close(stream: Iterator[bytes]) -> None:
     close = getattr(stream, "close", None)
     if close is not None:
         close()
-
-
-def _closed_error() -> ArtifactFSError:
-    return ArtifactFSError("the read was ended: its file or mount was closed")

@@ -18,7 +18,7 @@ import os
 import signal
 import threading
 import urllib.parse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ import msgspec
 from artifactfs import control, mountpoint, names, registry
 from artifactfs.cache import BlockCache
 from artifactfs.errors import ArtifactFSError, ConflictError, MountError, NotFoundError, UsageError
-from artifactfs.model import BLAKE3, BLOCK, File, Ref, Version
+from artifactfs.model import BLAKE3, Version
 from artifactfs.mount import FOREVER, Options, Session
 from artifactfs.names import ArtifactName
 from artifactfs.publish import Progress, Published
@@ -37,6 +37,7 @@ from artifactfs.staging import Stage, StageSpec, left_out_warning, read_spec
 from artifactfs.store import Store
 from artifactfs.store.urls import open_store
 from artifactfs.view import FRESH, BrowseView, DiffView, FileTree, VersionView
+from artifactfs.warm import warm
 
 log = logging.getLogger(__name__)
 
@@ -123,9 +124,10 @@ class _Serving:
     def _open(self, stack: contextlib.ExitStack) -> tuple[FileTree | Stage, Options]:
         """The tree to mount and how."""
         asked = self._request
-        store = open_store(read_spec(Path(asked.resume)).store if asked.resume else asked.store)
         cache = BlockCache(Path(asked.cache_dir), asked.cache_size)
         stack.callback(cache.close)
+        url = read_spec(Path(asked.resume)).store if asked.resume else asked.store
+        store = open_store(url, cache, asked.offline)
         budget = 0 if asked.prefetch == "none" else BUDGET
         reader = Reader(store, cache, offline=asked.offline, budget=budget)
         stack.callback(reader.close)
@@ -134,17 +136,13 @@ class _Serving:
             self._stage = open_stage(asked, store, reader)
             if asked.eager:
                 self._stage.store_ahead()
-            base = self._stage.base
-            network = _can_wait(asked, [base] if base else [])
-            return self._stage, dataclasses.replace(options, label=self._stage.label, network=network)
+            return self._stage, dataclasses.replace(options, label=self._stage.label)
         view = open_view(asked, store, reader)
         stack.callback(view.close)
         if asked.prefetch == "all" and isinstance(view, VersionView):
-            threading.Thread(target=_prefetch, args=(store, reader, view.version), name="prefetch", daemon=True).start()
+            threading.Thread(target=_prefetch, args=(store, reader, view), name="prefetch", daemon=True).start()
         timeout = FRESH if view.changes else FOREVER
-        return view, dataclasses.replace(
-            options, label=view.label, timeout=timeout, keep_pages=True, network=_can_wait(asked, view.versions)
-        )
+        return view, dataclasses.replace(options, label=view.label, timeout=timeout, keep_pages=True)
 
     def _announce(self, label: str, ready: Callable[[MountRecord], None]) -> None:
         """The mount answers: have it on record, and tell whoever asked for it."""
@@ -445,35 +443,15 @@ def _made(published: Published | None) -> dict[str, Any]:
     return {"committed": published.version.qualified_name, "created": published.created}
 
 
-def _can_wait(asked: MountRequest, versions: Iterable[Version]) -> bool:
-    """Whether requests may wait for a network: the store is elsewhere, or a version has references."""
-    local = _local_path(asked.store)
-    if not local or not mountpoint.is_local(local):
-        return True
-    return any(version.root.links for version in versions)
-
-
-def _prefetch(store: Store, reader: Reader, version: Version) -> None:
-    """Bring all of a version into the cache."""
-    for path, entry in store.tree.walk(version.root):
-        if isinstance(entry, (File, Ref)):
-            where = f"{version.qualified_name}/{path}"
-            try:
-                _read_all(reader, entry, where)
-            except ArtifactFSError as error:
-                log.warning("prefetching %s: %s", where, error)
-
-
-def _read_all(reader: Reader, entry: File | Ref, where: str) -> None:
-    if entry.size >= 0 and reader.cached_bytes(entry) >= entry.size:
-        return
-    handle = reader.open(entry, where)
+def _prefetch(store: Store, reader: Reader, view: VersionView) -> None:
+    """Bring all that the view shows into the cache."""
     try:
-        offset = 0
-        while data := handle.read(offset, BLOCK):
-            offset += len(data)
-    finally:
-        handle.close()
+        failures = warm(store, reader, view.version, view.prefix)
+    except ArtifactFSError as error:
+        log.warning("prefetching %s: %s", view.label, error)
+        return
+    for failure in failures:
+        log.warning("prefetching %s/%s: %s", view.label, failure.path, failure.error)
 
 
 def _local_path(store: str) -> str:

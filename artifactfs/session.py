@@ -24,7 +24,8 @@ class Session:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.store: NativeStore = open_store(settings.store)
+        self.cache = BlockCache(settings.cache_dir, settings.cache_size)
+        self.store: NativeStore = open_store(settings.store, self.cache)
         self._reader: Reader | None = None
         self._lock = threading.Lock()
         self._process = os.getpid()
@@ -36,8 +37,7 @@ class Session:
             self._process, self._lock, self._reader = os.getpid(), threading.Lock(), None
         with self._lock:
             if self._reader is None:
-                cache = BlockCache(self.settings.cache_dir, self.settings.cache_size)
-                self._reader = Reader(self.store, cache)
+                self._reader = Reader(self.store, self.cache)
             return self._reader
 
     @property

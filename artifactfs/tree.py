@@ -46,6 +46,13 @@ MAX_ENTRY_WEIGHT = 64 << 10
 _MAX_TOTAL = (1 << 63) - 1
 _NOT_NAMES = frozenset(("", ".", ".."))
 
+_AHEAD_BYTES = 4 << 20
+"""Bytes of pages that are fetched ahead at once: 40,000 entries, in two or three round trips' time."""
+_NEAR_BYTES = 256 << 10
+_WALKS = 1024
+_WALK_GAP = 64  # entries that a walk may pass over, as files are between directories, or pages that are here
+_WALK_MOST = 1024
+
 StorePage = Callable[[bytes], Page]
 _Any = TypeVar("_Any", "_Leaf | _Index", "_SlimLeaf | _Index")
 
@@ -126,9 +133,16 @@ class _Names:
 class Tree:
     """Reads the directories of stored versions. ``load`` gives a page's bytes, checked against its id. Threads may share it."""
 
-    def __init__(self, load: Callable[[Page], bytes], cache_bytes: int = 64 << 20) -> None:
-        """``cache_bytes`` bounds the memory of the decoded pages that are kept for the next look-up; 0 keeps none."""
+    def __init__(
+        self,
+        load: Callable[[Page], bytes],
+        cache_bytes: int = 64 << 20,
+        ahead: Callable[[Page, Sequence[object]], None] | None = None,
+    ) -> None:
+        """``cache_bytes`` bounds the memory of the decoded pages that are kept for the next look-up; 0 keeps none. ``ahead`` is
+        told of a page before it is loaded, with the entries of the page, directories and index children, that names it."""
         self._load = load
+        self._ahead = ahead
         self._lock = threading.Lock()
         self._pages: LRUCache[bytes, _Names] = LRUCache(cache_bytes, getsizeof=lambda page: page.cost)
 
@@ -140,38 +154,60 @@ class Tree:
         """The entry of that name, or None. Reads one page a level of the directory's index."""
         if directory.page is None:
             return None
+        decoded = self._leaf_for(directory, name)[1]
+        at = bisect_left(decoded.names, name)
+        found = at < len(decoded.names) and decoded.names[at] == name
+        return decoded.items[at] if found else None  # type: ignore[return-value]  # level 0 holds entries
+
+    def page_with(self, directory: Dir, name: str) -> tuple[bytes, Sequence[Entry]]:
+        """The id and the entries of the page of ``directory`` that has ``name``, if anything there has it."""
+        if directory.page is None:
+            return b"", ()
+        page, decoded = self._leaf_for(directory, name)
+        return page.id, decoded.items  # type: ignore[return-value]  # level 0 holds entries
+
+    def _leaf_for(self, directory: Dir, name: str) -> tuple[Page, _Names]:
         child = _whole(directory)
         level = _MAX_LEVEL
+        among: Sequence[object] = ()
         while True:
-            decoded = self._page(child, level)
+            decoded = self._page(child, level, among)
             if decoded.level == 0:
-                at = bisect_left(decoded.names, name)
-                found = at < len(decoded.names) and decoded.names[at] == name
-                return decoded.items[at] if found else None  # type: ignore[return-value]  # level 0 holds entries
+                return child.page, decoded
             at = max(bisect_right(decoded.names, name) - 1, 0)
             level = decoded.level - 1
+            among = decoded.items
             child = decoded.items[at]  # type: ignore[assignment]
 
-    def entries(self, directory: Dir, after: str = "") -> Iterator[Entry]:
-        """The entries whose name sorts after ``after``, in ascending order of the names' UTF-8 bytes."""
+    def entries(self, directory: Dir, after: str = "", among: Sequence[object] = ()) -> Iterator[Entry]:
+        """The entries whose name sorts after ``after``, in ascending order of the names' UTF-8 bytes. ``among``: the entries of
+        the page that ``directory`` is of, where whoever lists it will probably list others of them too."""
+        for items in self._leaf_entries(directory, after, among):
+            yield from items
+
+    def _leaf_entries(self, directory: Dir, after: str, among: Sequence[object]) -> Iterator[Sequence[Entry]]:
         last = ""
-        for child in self.children(directory, after):
-            decoded = self._page(child, 0)
+        for child, siblings in self._children(directory, after, among):
+            decoded = self._page(child, 0, siblings)
             if decoded.names[0] <= last:
                 raise _disordered(child)
             last = decoded.names[-1]
-            yield from decoded.items[bisect_right(decoded.names, after) if after else 0 :]  # type: ignore[misc]
+            yield decoded.items[bisect_right(decoded.names, after) :] if after else decoded.items  # type: ignore[misc]
 
     def children(self, directory: Dir, after: str = "") -> Iterator[Child]:
         """The leaf pages of ``directory`` that can hold names after ``after``, in order."""
+        for child, _ in self._children(directory, after, ()):
+            yield child
+
+    def _children(self, directory: Dir, after: str, among: Sequence[object]) -> Iterator[tuple[Child, Sequence[object]]]:
         if directory.page is None:
             return
         last = None
-        for child in self._leaves(_whole(directory), after, _MAX_LEVEL):
+        for child, siblings in self._leaves(_whole(directory), after, _MAX_LEVEL, among):
             if last is not None and child.first <= last:
                 raise _disordered(child)
             last = child.first
-            yield child
+            yield child, siblings
 
     def resolve(self, root: Dir, path: str) -> Entry | None:
         """The entry at a canonical relative path ("" is the root itself); symlinks are not followed. None if there is none."""
@@ -184,17 +220,21 @@ class Tree:
 
     def walk(self, root: Dir) -> Iterator[tuple[str, Entry]]:
         """(relative path, entry) of everything below ``root``, a directory before its contents, in walk order."""
-        stack: list[tuple[str, Iterator[Entry]]] = [("", self.entries(root))]
+        stack: list[_Walk] = [_Walk("", self._leaf_entries(root, "", ()))]
         while stack:
-            prefix, entries = stack[-1]
-            entry = next(entries, None)
+            walk = stack[-1]
+            entry = next(walk.entries, None)
             if entry is None:
-                stack.pop()
+                items = next(walk.leaves, None)
+                if items is None:
+                    stack.pop()
+                else:
+                    walk.items, walk.entries = items, iter(items)
                 continue
-            path = prefix + entry.name
+            path = walk.prefix + entry.name
             yield path, entry
             if isinstance(entry, Dir):
-                stack.append((path + "/", self.entries(entry)))
+                stack.append(_Walk(path + "/", self._leaf_entries(entry, "", walk.items)))
 
     def diff(self, old: Dir, new: Dir) -> Iterator[tuple[str, Entry | None, Entry | None]]:
         """(path, old entry, new entry) wherever they differ, reading only pages that do. A directory that exists on one side
@@ -337,24 +377,27 @@ class Tree:
             if child.digest not in without:
                 yield from self.leaf(child)
 
-    def _leaves(self, child: Child, after: str, level: int) -> Iterator[Child]:
-        decoded = self._page(child, level)
+    def _leaves(self, child: Child, after: str, level: int, among: Sequence[object]) -> Iterator[tuple[Child, Sequence[object]]]:
+        """The leaf pages below ``child``, each with the entries of the page that names it."""
+        decoded = self._page(child, level, among)
         if decoded.level == 0:
-            yield child
+            yield child, among
             return
         start = max(bisect_right(decoded.names, after) - 1, 0)
         for below in decoded.items[start:]:
             if decoded.level == 1:
-                yield below  # type: ignore[misc]
+                yield below, decoded.items  # type: ignore[misc]
             else:
-                yield from self._leaves(below, after, decoded.level - 1)  # type: ignore[arg-type]
+                yield from self._leaves(below, after, decoded.level - 1, decoded.items)  # type: ignore[arg-type]
 
-    def _page(self, child: Child, level: int) -> _Names:
+    def _page(self, child: Child, level: int, among: Sequence[object] = ()) -> _Names:
         """The page of ``child``, decoded and checked; ``level`` is the highest it may have."""
         page = child.page
         with self._lock:
             decoded = self._pages.get(page.id)
         if decoded is None:
+            if self._ahead is not None and among:
+                self._ahead(page, among)
             decoded = self._read(page)
             with self._lock:
                 if decoded.cost <= self._pages.maxsize:
@@ -371,6 +414,54 @@ class Tree:
         if not 0 < page.extent.length <= MAX_PAGE_BYTES:
             raise IntegrityError(f"page {page.id.hex()} claims {page.extent.length} bytes")
         return self._load(page)
+
+
+class _Walk:
+    """A directory that is being walked: its pages, and what is left of the one at hand."""
+
+    __slots__ = ("entries", "items", "leaves", "prefix")
+
+    def __init__(self, prefix: str, leaves: Iterator[Sequence[Entry]]) -> None:
+        self.prefix = prefix
+        self.leaves = leaves
+        self.items: Sequence[Entry] = ()
+        self.entries: Iterator[Entry] = iter(())
+
+
+class PageOrder:
+    """Tells which pages are likely to be read after one that is missing. Threads may share one.
+
+    Whoever walks a tree reads pages in the order in which another page names them. The first that is missing among these may be
+    all that is asked for; each one that is missing further on doubles how many are fetched with it, up to :data:`_AHEAD_BYTES`.
+    Those that are missing in no order, :data:`_NEAR_BYTES` of what follows are fetched with.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._walks: LRUCache[bytes, tuple[int, int]] = LRUCache(_WALKS)  # by the first: the last missing one, and a window
+
+    def after(self, page: Page, among: Sequence[object]) -> list[Page]:
+        """``page`` and those of the pages that ``among`` (directories or children of an index) name to fetch with it."""
+        pages = [item.page for item in among if isinstance(item, (Dir, Child)) and item.page is not None]
+        at = next((at for at, other in enumerate(pages) if other.id == page.id), None)
+        if at is None:
+            return [page]
+        with self._lock:
+            last, window = self._walks.get(pages[0].id, (-1, 0))
+            onward = last < at <= last + window + _WALK_GAP
+            window = min(max(window, 1) * 2, _WALK_MOST) if onward and last >= 0 else 0
+            self._walks[pages[0].id] = (at, window)
+        most = _AHEAD_BYTES if window else _NEAR_BYTES if last >= 0 else 0
+        return list(_bounded(pages[at : at + 1 + (window or _WALK_MOST)], most))
+
+
+def _bounded(pages: Iterable[Page], most: int) -> Iterator[Page]:
+    """The first page, and those after it that with it are at most ``most`` bytes."""
+    for number, page in enumerate(pages):
+        most -= page.extent.length
+        if number and most < 0:
+            return
+        yield page
 
 
 def _check_level(page: Page, decoded: _Names, level: int) -> None:

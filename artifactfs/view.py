@@ -31,6 +31,7 @@ from artifactfs.errors import ArtifactFSError, InvalidNameError, NotFoundError, 
 from artifactfs.model import Attributes, Collection, Dir, Entry, File, Ref, Space, Symlink, Version
 from artifactfs.names import ArtifactName
 from artifactfs.reader import Handle, Reader
+from artifactfs.references import is_verified
 from artifactfs.store import Store
 
 log = logging.getLogger(__name__)
@@ -144,7 +145,7 @@ class VersionView:
         self.versions: Sequence[Version] = (version,)
         self._tree = store.tree
         self._reader = reader
-        self._prefix = prefix
+        self.prefix = prefix
         self._within = within
         self._handles = handles or Handles()
         self._owner = (os.getuid(), os.getgid())
@@ -162,8 +163,8 @@ class VersionView:
             raise _os_error(errno.ENOTDIR)
         below = path.rstrip("/") + "/"
         start = self._within + below[1:]
-        for entry in self._tree.entries(directory):
-            if not self._prefix or self._shown(below[1:] + entry.name, entry):
+        for entry in self._tree.entries(directory, among=self._beside(path)[1] if path != "/" else ()):
+            if not self.prefix or self._shown(below[1:] + entry.name, entry):
                 yield DirItem(entry.name, _mode(entry), _ino(start + entry.name))
 
     def readlink(self, path: str) -> str:
@@ -180,7 +181,7 @@ class VersionView:
             raise _os_error(errno.EISDIR)
         if isinstance(entry, Symlink):
             raise _os_error(errno.ELOOP)
-        return self._handles.add(self._reader.open(entry, self.label + path))
+        return self._handles.add(self._reader.open(entry, self.label + path, functools.partial(self._beside, path)))
 
     def read(self, fh: int, size: int, offset: int) -> bytes:
         return self._handles.read(fh, size, offset)
@@ -212,21 +213,27 @@ class VersionView:
         if not isinstance(directory, Dir):
             raise _os_error(errno.ENOTDIR)
         entry = self._tree.lookup(directory, name)
-        if entry is None or (self._prefix and not self._shown(path[1:], entry)):
+        if entry is None or (self.prefix and not self._shown(path[1:], entry)):
             if len(name) > names.MAX_PATH_PART:
                 raise _os_error(errno.ENAMETOOLONG)
             raise NotFoundError(f"{self.label} has no path {path[1:]!r}")
         return entry
 
+    def _beside(self, path: str) -> tuple[bytes, Sequence[Entry]]:
+        """The page that the entry at ``path`` is of: its id and entries."""
+        parent, _, name = path.rpartition("/")
+        directory = self._entry(parent or "/")
+        return self._tree.page_with(directory, name) if isinstance(directory, Dir) else (b"", ())
+
     def _shown(self, path: str, entry: Entry) -> bool:
-        if path.startswith(self._prefix):
+        if path.startswith(self.prefix):
             return True
-        return isinstance(entry, Dir) and self._prefix.startswith(path + "/")
+        return isinstance(entry, Dir) and self.prefix.startswith(path + "/")
 
     def _has_prefix(self) -> bool:
-        above, _, start = self._prefix.rpartition("/")
+        above, _, start = self.prefix.rpartition("/")
         directory = self._tree.resolve(self.version.root, above)
-        if not isinstance(directory, Dir) or self._prefix.startswith("/"):
+        if not isinstance(directory, Dir) or self.prefix.startswith("/"):
             return False
         return any(entry.name.startswith(start) for entry in self._tree.entries(directory))
 
@@ -267,6 +274,7 @@ class VersionView:
                 values[XATTR + "content_id"] = entry.id.hex().encode
         if isinstance(entry, Ref):
             values[XATTR + "ref"] = entry.uri.encode
+            values[XATTR + "verified"] = str(is_verified(entry)).lower().encode
         return values
 
 

@@ -6,6 +6,7 @@ Only what is not on a disk of this machine anyway counts: contents of a local st
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -22,7 +23,9 @@ from artifactfs.store import Store
 
 _STREAMS = 4
 """Entries fetched at once: the reader fetches each large one by several streams already."""
-_AHEAD = 64
+_BATCH = 256
+"""Entries whose small contents are fetched together: some 10 MB of those in packs."""
+_AHEAD = 2 * _BATCH
 _PIECE = 8 * BLOCK
 
 Remote: TypeAlias = File | Ref
@@ -60,9 +63,8 @@ def warm(store: Store, reader: Reader, version: Version, prefix: str = "", repor
     lock = threading.Lock()
     failures: list[Failure] = []
 
-    def fetch(path: str, entry: Remote) -> None:
+    def fetch(path: str, entry: Remote, before: int) -> None:
         try:
-            before = reader.cached_bytes(entry)
             size = _read_through(reader, entry, f"{version.qualified_name}/{path}")
         except ArtifactFSError as error:
             with lock:
@@ -77,9 +79,13 @@ def warm(store: Store, reader: Reader, version: Version, prefix: str = "", repor
 
     with ThreadPoolExecutor(_STREAMS, thread_name_prefix="warm") as pool:
         window: deque[Future[None]] = deque()
-        for path, entry in remote_entries(store, version, prefix):
-            window.append(pool.submit(fetch, path, entry))
-            if len(window) > _AHEAD:
+        entries = remote_entries(store, version, prefix)
+        while batch := list(itertools.islice(entries, _BATCH)):
+            before = [_cached_bytes(reader, entry) for _, entry in batch]
+            while not reader.prefetch_small(entry for _, entry in batch) and window:
+                window.popleft().result()
+            window.extend(pool.submit(fetch, *item, had) for item, had in zip(batch, before, strict=True))
+            while len(window) > _AHEAD:
                 window.popleft().result()
         while window:
             window.popleft().result()
@@ -99,6 +105,14 @@ def evict(store: Store, cache: BlockCache, version: Version, prefix: str = "") -
         if isinstance(entry, File) or is_pinned(entry):
             freed += cache.evict(entry.id if isinstance(entry, File) else source_key(entry))
     return freed
+
+
+def _cached_bytes(reader: Reader, entry: Remote) -> int:
+    """As :meth:`Reader.cached_bytes`; 0 for what cannot be: reading it will say why."""
+    try:
+        return reader.cached_bytes(entry)
+    except ArtifactFSError:
+        return 0
 
 
 def _is_here(store: Store, entry: Remote) -> bool:

@@ -316,7 +316,7 @@ def test_many_readers_of_one_mount(module_mount: Path) -> None:
 def remote(world: World) -> Iterator[tuple[World, FaultServer]]:
     """Versions of a stored file beside one on a web server."""
     with FaultServer({"/far.bin": BIG}) as server:
-        far = expand(server.url("/far.bin"), "far.bin")[0].ref
+        far = next(iter(expand(server.url("/far.bin"), "far.bin"))).ref
         local = local_change(str(write_files(world.root / "near", {"near": b"near"}) / "near"))
         world.log("a/b/c", MadeFolder({"far.bin": far, "near": local, "d": MadeFolder({"near": local})}))
         yield world, server

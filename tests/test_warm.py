@@ -34,7 +34,7 @@ def version(shelf: Shelf, server: FaultServer, tmp_path: Path) -> Version:  # no
     (tmp_path / "outside").write_bytes(b"outside")
     references = [found for path in CONTENTS for found in expand(server.url(path), f"web{path}")]
     references += expand(f"file://{tmp_path}/outside")
-    return shelf.log("a/b/c", gather([str(local)], references))
+    return shelf.log("a/b/c", gather([str(local)], sorted(references, key=lambda found: found.path)))
 
 
 def total(sizes: Iterator[warm.Cached]) -> tuple[int, int]:

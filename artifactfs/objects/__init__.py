@@ -11,8 +11,8 @@ called from any thread.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol, runtime_checkable
 
 from artifactfs.model import OBJECT_BLOB, OBJECT_PACK
 
@@ -65,8 +65,9 @@ class ObjectStore(Protocol):
     def put(self, key: str, data: bytes | bytearray | memoryview) -> None:
         """Write a data object, whole and durable once this returns. Idempotent."""
 
-    def writer(self) -> Writer:
-        """Start a data object too large to hold in memory."""
+    def writer(self, key: str = "") -> Writer:
+        """Start a data object too large to hold in memory. ``key``, if it is known already, is what it will be committed as: then
+        a remote store gets its bytes as they are written, and none of them has to wait for the commit."""
 
     def swap(self, key: str, data: bytes, etag: str) -> str | None:
         """Replace a catalog object only if its ETag is ``etag`` (:data:`ABSENT`: only if it is not there).
@@ -85,8 +86,31 @@ class ObjectStore(Protocol):
         """Remove an object; missing is no error. With ``unless_newer`` (seconds since the epoch) an object modified after
         that stays, and no write can come between the check and the removal. Returns whether it was removed."""
 
+    def remove(self, keys: Iterable[str], unless_newer: float) -> Iterator[str]:
+        """:meth:`delete` for many: the keys of those that were removed, as they are."""
+
     def refresh(self, key: str) -> bool:
         """Make a data object as new as one just written, for :meth:`delete`'s ``unless_newer``. False if it is not there."""
+
+    def clock(self) -> float:
+        """Now, in seconds since the epoch, by the clock that ``modified`` is told by."""
+
+    def sweep(self, before: float) -> int:
+        """Remove what writers left that died before ``before`` (seconds since the epoch) and that is no object. How many."""
+
+
+@runtime_checkable
+class Streaming(Protocol):
+    """An object store that can hand out bytes before all of them are here."""
+
+    def stream(self, key: str, offset: int, size: int) -> Iterator[bytes]:
+        """Exactly ``size`` bytes at ``offset`` in pieces as they arrive, by one request (and its retries); errors as
+        :meth:`ObjectStore.read`."""
+
+
+def stream(objects: ObjectStore, key: str, offset: int, size: int) -> Iterator[bytes]:
+    """Exactly ``size`` bytes at ``offset``, in pieces as they arrive where ``objects`` can do that."""
+    return objects.stream(key, offset, size) if isinstance(objects, Streaming) else iter((objects.read(key, offset, size),))
 
 
 Wrapper = Callable[[ObjectStore], ObjectStore]

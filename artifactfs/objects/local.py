@@ -15,7 +15,8 @@ import fcntl
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from blake3 import blake3
@@ -68,7 +69,7 @@ class LocalObjects:
         finally:
             writer.abort()
 
-    def writer(self) -> LocalWriter:
+    def writer(self, key: str = "") -> LocalWriter:
         with self._errors("writing", TEMPORARY):
             return LocalWriter(self, self._temporary())
 
@@ -127,6 +128,16 @@ class LocalObjects:
             os.unlink(target)
             return True
         return False
+
+    def remove(self, keys: Iterable[str], unless_newer: float) -> Iterator[str]:
+        return (key for key in keys if self.delete(key, unless_newer))
+
+    def clock(self) -> float:
+        return time.time()
+
+    def sweep(self, before: float) -> int:
+        """Files in ``tmp/`` are objects that ``scan`` lists: nothing else is left behind."""
+        return 0
 
     def _replace_if(self, temporary: str, target: str, etag: str) -> bool:
         with self._locked(_EXCLUSIVE):

@@ -6,10 +6,10 @@ and may be called from any thread.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
-from artifactfs.model import Collection, File, Run, Version
+from artifactfs.model import Collection, Extent, File, Run, Version
 from artifactfs.names import ArtifactName
 from artifactfs.references import Source
 from artifactfs.tree import Tree
@@ -52,6 +52,12 @@ class Store(Protocol):
 
     def local_content(self, file: File) -> LocalContent | None:
         """The content of ``file`` read from local disk with every block checked, or None if this store is not local."""
+
+    def packed(self, file: File) -> Extent | None:
+        """Where :meth:`stream` reads the content of ``file``, if it is a small one that lies beside others in a remote object."""
+
+    def stream(self, extent: Extent) -> Iterator[bytes]:
+        """The bytes of one extent, not checked, in pieces as they arrive. IntegrityError if its object is lost."""
 
     def source(self, file: File) -> Source:
         """The content of ``file`` as a source for the block cache; its key is the content id."""

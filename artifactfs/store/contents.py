@@ -12,7 +12,7 @@ from itertools import accumulate
 from artifactfs.content import DIGEST_SIZE, CheckedBlocks
 from artifactfs.errors import IntegrityError, NotFoundError, from_os_error
 from artifactfs.model import BLOCK, Extent
-from artifactfs.objects import ObjectStore, object_key
+from artifactfs.objects import ObjectStore, object_key, stream
 
 _AHEAD = 8 * BLOCK
 """What the kernel is asked to read ahead: some 16 ms of a disk of 500 MB/s."""
@@ -153,11 +153,9 @@ class ExtentSource:
         start = 0
         for extent in self._extents:
             low, high = max(offset, start), min(end, start + extent.length)
-            while low < high:
-                step = min(BLOCK, high - low)
+            if low < high:
                 try:
-                    yield self._objects.read(object_key(extent.object), extent.offset + low - start, step)
+                    yield from stream(self._objects, object_key(extent.object), extent.offset + low - start, high - low)
                 except NotFoundError as error:
                     raise IntegrityError(f"{self.where} is lost: {error}") from None
-                low += step
             start += extent.length

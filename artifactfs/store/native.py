@@ -25,21 +25,27 @@ import logging
 import re
 import threading
 import urllib.parse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeAlias, TypeVar
 
 import msgspec
 from blake3 import blake3
 from cachetools import LRUCache
 
+from artifactfs.cache import BlockCache
+from artifactfs.cache.records import Records
 from artifactfs.content import DIGEST_SIZE, MAX_CONTENT, CheckedBlocks, check_block_list
 from artifactfs.errors import ConflictError, IntegrityError, InvalidNameError, NotFoundError, StoreFormatError, UsageError
-from artifactfs.model import BLOCK, Collection, Entry, Extent, File, Page, Ref, Run, Version, block_count
+from artifactfs.model import BLOCK, OBJECT_PACK, Collection, Entry, Extent, File, Page, Ref, Run, Version, block_count
 from artifactfs.names import LATEST, ArtifactName, check_alias, check_collection, check_entity, check_project, version_number
-from artifactfs.objects import ABSENT, MAX_RECORD, ObjectStore, object_key
+from artifactfs.objects import ABSENT, MAX_RECORD, ObjectStore, object_key, stream
+from artifactfs.packed import PackedContents, Small
+from artifactfs.references import DEADLINE
 from artifactfs.store import LocalContent
 from artifactfs.store.contents import ExtentSource, LocalExtents
-from artifactfs.tree import Tree
+from artifactfs.store.remembered import RememberedObjects
+from artifactfs.tree import PageOrder, Tree
+from artifactfs.waiting import Budget
 
 FORMAT = "artifactfs-store"
 FORMAT_VERSION = 1
@@ -47,6 +53,8 @@ MAX_TABLE = 64 << 20
 """Bytes of a content's table of extents at most: a million of them."""
 
 _MAX_PLACE = 1 << 62
+_PAGES_AHEAD = 16 << 20
+"""Bytes of pages under way ahead of what is looked up; they never wait for contents, which have a budget of their own."""
 _MAX_KEY_PART = 240
 """Bytes: file systems allow 255."""
 _VERSION_FILE = re.compile(r"([0-9]{8,12})\.json")
@@ -65,12 +73,20 @@ class _Header(msgspec.Struct):
 
 
 class NativeStore:
-    """A native store over ``objects``."""
+    """A native store over ``objects``. Where these are not on a local disk, its pages are kept in ``cache``, and with ``offline``
+    what is neither there nor among its records is an OfflineError: no connection is made."""
 
-    def __init__(self, objects: ObjectStore) -> None:
+    def __init__(self, objects: ObjectStore, cache: BlockCache | None = None, offline: bool = False) -> None:
+        self.local = objects.path("") is not None
+        if not self.local and cache is not None:
+            objects = RememberedObjects(objects, Records(cache.root, objects.url), offline)
         self.objects = objects
         self.url = objects.url
-        self.tree = Tree(self.load_page)
+        self._pages = PackedContents(
+            self.stream, None if self.local else cache, offline=offline, budget=Budget(_PAGES_AHEAD), deadline=DEADLINE
+        )
+        self._order = PageOrder()
+        self.tree = Tree(self.load_page, ahead=None if self.local else self._load_ahead)
         self._checks = _SharedChecks()
         self._check_format()
 
@@ -306,6 +322,20 @@ class NativeStore:
         checks = {} if recheck else self._checks.of(file.id)
         return LocalExtents(self.objects, file.id, file.size, self.extents(file), self._block_digests(file), checks)
 
+    def packed(self, file: File) -> Extent | None:
+        if self.local or not 0 < file.size <= BLOCK:
+            return None
+        extents = self.extents(file)
+        return extents[0] if len(extents) == 1 and extents[0].object[:1] == OBJECT_PACK else None
+
+    def stream(self, extent: Extent) -> Iterator[bytes]:
+        check_extent(extent)
+        key = object_key(extent.object)
+        try:
+            yield from stream(self.objects, key, extent.offset, extent.length)
+        except NotFoundError:  # not "not found": what refers to it exists
+            raise IntegrityError(f"{key} of {self.url} is lost") from None
+
     def source(self, file: File) -> ExtentSource:
         return ExtentSource(self.objects, file.id, file.size, self.extents(file))
 
@@ -367,11 +397,20 @@ class NativeStore:
 
     def load_page(self, page: Page) -> bytes:
         """The bytes of a page, checked against its id."""
+        if not self.local:
+            check_extent(page.extent)
+            return self._pages.read(Small(page.id, page.extent), 0, page.extent.length, f"page {page.id.hex()} of {self.url}")
         data = self.read_extent(page.extent)
         if blake3(data).digest() != page.id:
             where = object_key(page.extent.object)
             raise IntegrityError(f"page {page.id.hex()} in {where} of {self.url} is damaged: its bytes do not match its id")
         return data
+
+    def _load_ahead(self, page: Page, among: Sequence[object]) -> None:
+        """Begin to fetch ``page`` and some of those that are likely to be read after it."""
+        pages = self._order.after(page, among)
+        if len(pages) > 1:
+            self._pages.prefetch([Small(page.id, page.extent) for page in pages])
 
     # Catalog objects
 
@@ -488,9 +527,9 @@ class _SharedChecks:
             return checks
 
 
-def open_native(objects: ObjectStore) -> NativeStore:
+def open_native(objects: ObjectStore, cache: BlockCache | None = None, offline: bool = False) -> NativeStore:
     """The native store over ``objects``; see :func:`artifactfs.store.urls.open_store` for errors."""
-    return NativeStore(objects)
+    return NativeStore(objects, cache, offline)
 
 
 def now() -> str:
