@@ -45,7 +45,9 @@ def open_bucket(scheme: str, name: str, options: Mapping[str, str] | None = None
         raise UsageError(f"{scheme!r} is no kind of bucket; known are {', '.join(OPTIONS)}")
     for option in options:
         if option not in known:
-            raise UsageError(f"{scheme}://{name} has no option {option!r}; known are {', '.join(known)}")
+            raise UsageError(
+                f"{scheme}://{name} has no option {option!r}; known are {', '.join(known)} (credentials never go into URLs)"
+            )
     if not name or "/" in name or not name.isprintable() or name.strip(".") == "":
         raise UsageError(f"{scheme}://{name!r} names no bucket; write {scheme}://BUCKET/…")
     key = (scheme, name, tuple(sorted(options.items())), deadline)
