@@ -52,7 +52,7 @@ from artifactfs.waiting import Budget, Result, Workers
 
 log = logging.getLogger(__name__)
 
-BUDGET = 64 << 20
+BUDGET = 128 << 20
 """Bytes that may be asked for and not yet here, ahead of what is read."""
 
 _FORWARD = 16 << 20  # a seek this far ahead, or
@@ -60,11 +60,11 @@ _BACKWARD = 1 << 20  # this far back, leaves the window open: parallel readers a
 _NEAR = 256 << 10  # while it is closed only this counts as sequence, or random reads of a small file would open it
 _RUN = 256 << 10  # two of the kernel's reads in sequence open it; one alone may be a header
 _WINDOW_MIN = 2 * BLOCK
-_WINDOW_MAX = 32 * BLOCK
-_PART_MAX = 8  # blocks of a prefetch: of a window of 32 MiB four streams get one part each
+_WINDOW_MAX = 64 * BLOCK
+_PART_MAX = 8  # blocks of a prefetch: of a window of 64 MiB eight streams get one part each
 _DEMAND = 4  # blocks of a fetch that somebody waits for: large enough for the link, small enough for several streams
 _STEP = 8 * BLOCK  # a read of more is served in steps of this size
-_STREAMS = 8  # a content
+_STREAMS = 12  # a content: those of the window, and some that are ending
 _MEMORY = 64 * BLOCK  # blocks that the cache did not take, and checked blocks of local references
 _PAUSE = 10.0  # seconds that a whole content waits, with nowhere to keep its blocks, for somebody to read on
 _PROGRESS = 16 << 10  # bytes; a remote that drips less must not keep its readers waiting
@@ -311,12 +311,11 @@ class Reader:
             found.update((block, content.slots[block]) for block in missing)
             return found
 
-    def prefetch(self, content: _Content, first: int, end: int, where: str) -> int:
-        """Begin to fetch the blocks from ``first`` to ``end`` (exclusive), as far as streams and budget allow. Returns the
-        block up to which that was done."""
+    def prefetch(self, content: _Content, first: int, end: int, part: int, where: str) -> int:
+        """Begin to fetch the blocks from ``first`` to ``end`` (exclusive), ``part`` to a stream, as far as streams and budget
+        allow. Returns the block up to which that was done."""
         if self.offline or content.whole:
             return first
-        part = min(max((end - first) // 4, 1), _PART_MAX)
         with self._starting() as start, self._lock:
             missing = [block for block in range(first, end) if block not in content.slots and not content.has(block)]
             for low, high in _runs(missing, part):
@@ -740,7 +739,8 @@ class _RemoteHandle:
                 return 0
             self._run += end - offset
             self._next = max(self._next, end)
-            if self._run < _RUN or self._next + self._window // 2 < self._ahead * BLOCK:
+            step = min(self._window // 2, _PART_MAX * BLOCK)
+            if self._run < _RUN or self._next + self._window - step < self._ahead * BLOCK:
                 return 0
             self._window = min(max(self._window * 2, _WINDOW_MIN), self._ceiling)
             return -(-(self._next + self._window) // BLOCK)
@@ -759,7 +759,8 @@ class _RemoteHandle:
             first = max(next_block, self._ahead)
             target = min(target, block_count(content.size), next_block + self._ceiling // BLOCK)
         if first < target:
-            done = self._reader.prefetch(content, first, target, self._where)
+            part = min(max(self._window // (4 * BLOCK), (target - first) // _STREAMS, 1), _PART_MAX)
+            done = self._reader.prefetch(content, first, target, part, self._where)
             with self._lock:
                 self._ahead = max(self._ahead, done)
 
