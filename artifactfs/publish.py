@@ -49,6 +49,8 @@ class Draft:
     ``expect_base``: fail with a ConflictError unless the collection's newest version is this number (-1: unless it has none);
     None: no condition. ``base`` is the number of the version it was derived from, for the record. ``retry``: an earlier attempt
     at this commit may have made its version. ``stored`` are contents, by id, that were stored ahead of this commit and are there.
+    ``expect_root``: fail with an IntegrityError unless the root directory has this digest. ``number``: the least that the version
+    may have.
     """
 
     name: ArtifactName
@@ -66,6 +68,8 @@ class Draft:
     expect_base: int | None = None
     retry: bool = False
     stored: Mapping[bytes, File] = dataclasses.field(default_factory=dict)
+    expect_root: bytes = b""
+    number: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -93,6 +97,8 @@ def publish(store: NativeStore, draft: Draft, report: Report | None = None) -> P
     try:
         with _base_explained(store, draft):
             root = upload.build(draft.folder)
+        if draft.expect_root not in (b"", root.digest):
+            raise IntegrityError(f"what would be stored as {draft.name.path} has another digest than expected; nothing is made")
         unchanged = _unchanged(store, draft, newest, root)
         if unchanged is not None:
             return unchanged
@@ -256,7 +262,7 @@ def _create(store: NativeStore, draft: Draft, root: Dir) -> Published:
         unchanged = _unchanged(store, draft, newest, root)
         if unchanged is not None:
             return unchanged
-        version = _version(draft, kind, numbers[-1] + 1 if numbers else 0, root, digest)
+        version = _version(draft, kind, max(draft.number, numbers[-1] + 1 if numbers else 0), root, digest)
         if store.create_version(version):
             return Published(_point_aliases(store, draft, version), True)
 

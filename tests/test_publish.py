@@ -50,7 +50,7 @@ from artifactfs.errors import (
     NotPermittedError,
     UsageError,
 )
-from artifactfs.folders import LocalFolder, MadeFolder
+from artifactfs.folders import LocalFolder, MadeFolder, MergedFolder
 from artifactfs.maintenance import gc
 from artifactfs.model import BLOCK, Collection, Dir, Extent, File, Ref, Symlink
 from artifactfs.names import ArtifactName
@@ -146,7 +146,7 @@ def test_all_fields_are_kept(store: NativeStore) -> None:
 @pytest.mark.parametrize("algorithm, new", [("MD5", hashlib.md5), ("XXH128", xxhash.xxh3_128)])
 def test_version_digests_are_wandbs(store: NativeStore, odd: Path, algorithm: str, new: Callable[..., Any]) -> None:
     ref = Ref("", "s3://bucket/key", digest="the-etag", size=7)
-    version = commit(store, LocalFolder(str(odd), {"sub0": ref}), algorithm=algorithm).version
+    version = commit(store, MergedFolder(LocalFolder(str(odd)), MadeFolder({"sub0": ref})), algorithm=algorithm).version
     lines = {}
     for path, value in directory(odd).items():
         if isinstance(value, tuple):

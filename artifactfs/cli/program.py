@@ -40,6 +40,7 @@ COMMANDS = {
     "checkout": _Entry("transfer", "Make a directory exactly a version."),
     "verify": _Entry("transfer", "Check a directory, or the stored bytes, against a version."),
     "warm": _Entry("transfer", "Fetch a version's references into the cache."),
+    "copy": _Entry("copying", "Copy a version or a collection into another store."),
     "ls": _Entry("catalog", "List entities, projects, collections, or the files of a version."),
     "info": _Entry("catalog", "Show all about a version."),
     "diff": _Entry("catalog", "List the paths in which two versions differ."),

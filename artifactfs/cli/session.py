@@ -35,10 +35,13 @@ class Session:
     def settings(self) -> settings.Settings:
         """The settings in force, with ``--store`` over them; a store that is a path is absolute."""
         found = settings.load()
-        store = self.store or found.store
+        return dataclasses.replace(found, store=self.located(self.store or found.store))
+
+    def located(self, store: str) -> str:
+        """A store's URL, or the absolute path of one that is a path."""
         if "://" not in store and not store.startswith("file:"):
-            store = os.path.abspath(os.path.expanduser(store))
-        return dataclasses.replace(found, store=store)
+            return os.path.abspath(os.path.expanduser(store))
+        return store
 
     def name(self, text: str) -> names.ArtifactName:
         """The artifact name that ``text`` is, with the defaults of the settings."""

@@ -37,6 +37,7 @@ class LargeContent:
         self._new_digests = bytearray()
         self._held = bytearray()
         self._writer: Writer | None = None
+        self._is_stored = False
         self.digests = bytearray()
         self.size = 0
         self.written = 0
@@ -67,12 +68,23 @@ class LargeContent:
         self.size += len(data)
         self.written += len(data)
 
+    def take_stored(self, length: int, digest: bytes) -> None:
+        """The next block is new to the older content; the blob of all such blocks is in the store, where an earlier attempt left
+        it. Not to be mixed with :meth:`take`."""
+        self._is_stored = True
+        self.digests += digest
+        self._new_digests += digest
+        self._extend(Extent(_NEW, self.written, length))
+        self.size += length
+        self.written += length
+
     def finish(self, packs: PackWriter) -> tuple[tuple[Extent, ...], Extent | None]:
         """The content's extents, or their table where there are several. Durable once ``packs`` are, and the blob is now."""
         object, start = b"", 0
-        if self._writer is not None:
+        if self._writer is not None or self._is_stored:
             object = OBJECT_BLOB + content_id(self.written, bytes(self._new_digests))
-            self._writer.commit(object_key(object))
+            if self._writer is not None:
+                self._writer.commit(object_key(object))
         elif self.written:
             place = packs.add(bytes(self._held))
             object, start = place.object, place.offset

@@ -1,0 +1,417 @@
+"""Copies versions from one store to another: the same trees under the same digests, contents checked on their way.
+
+What is read from the source is checked against its content id before it is written; pages are made anew by ``publish``, which
+refuses a tree whose digest is not the source's. What the newest version of the target's collection has, at the same path or any
+other, is not sent, nor are blocks of a large file that its file of that path has.
+
+A copy that was killed is repeated, and does not send again what arrived: small contents go into packs whose ids follow from what
+is copied over what, and large ones into objects named by their bytes, so that the second attempt finds those of the first. A
+version that is there already is known by the id of its commit.
+
+Threads: the caller's walks the tree, fills packs and large contents in order; workers read, check and write packs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import struct
+from collections import deque
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import msgspec
+from blake3 import blake3
+
+from artifactfs.content import DIGEST_SIZE, block_digest, content_id
+from artifactfs.errors import IntegrityError, NotFoundError, UsageError
+from artifactfs.model import BLOCK, OBJECT_BLOB, OBJECT_PACK, Collection, Dir, Entry, Extent, File, Ref, Symlink, Version
+from artifactfs.names import LATEST, ArtifactName
+from artifactfs.objects import object_key
+from artifactfs.pack import PACK_TARGET, PackWriter
+from artifactfs.publish import Change, Draft, NewRef, Progress, Report, publish
+from artifactfs.store.large import LargeContent
+from artifactfs.store.native import NativeStore
+from artifactfs.store.upload import Index
+from artifactfs.tree import identity
+
+_PACK_CONTEXT = "artifactfs 2026-11 copied pack v1"
+"""A pack's id is derived from what is copied: whoever packs in another order, or by another size, needs another context."""
+_WRITING = 4
+"""Packs under way at once: 64 MiB."""
+_READING = 16
+"""Reads at once: they are mostly round trips."""
+_GAP = 64 << 10
+"""Bytes between two wanted contents of a source's pack that are cheaper to read than a further request."""
+_RUN = 8 << 20
+_SEGMENT = 4 << 20
+_AHEAD = 8
+"""Segments of a large content that are read ahead: 32 MiB."""
+
+
+class Copied(NamedTuple):
+    """``created`` is False where the target had the version already."""
+
+    version: Version
+    created: bool
+
+
+def copy(source: NativeStore, target: NativeStore, name: ArtifactName, report: Report | None = None) -> list[Copied]:
+    """Copy the version that ``name``'s alias names, or all versions of the collection where it has none, in order.
+
+    A version keeps its number, or gets the next one free in the target where that is higher. Its aliases (which move from other
+    versions there), description, metadata, tags and TTL come with it; the collection's description and tags, where the target's
+    has none. NotFoundError for what is not in ``source``; UsageError for another type of the target's collection, and for one and
+    the same store.
+    """
+    if source.url == target.url:
+        raise UsageError(f"{target.url} is the store that {name.path} is copied from; name another one with --to")
+    versions = [source.version(name)] if name.alias else source.versions(name)
+    collection = source.collection(name)
+    there = _by_commit(target, name)
+    progress = Progress()
+    copied: dict[int, Copied] = {}
+    for version in versions:
+        known = there.get(version.commit)
+        copied[version.number] = Copied(known, False) if known else _copy_version(source, target, version, progress, report)
+    _copy_collection(target, name, collection, {number: result.version.number for number, result in copied.items()})
+    return list(copied.values())
+
+
+def _by_commit(store: NativeStore, name: ArtifactName) -> dict[str, Version]:
+    try:
+        return {version.commit: version for version in store.versions(name)}
+    except NotFoundError:
+        return {}
+
+
+def _copy_version(
+    source: NativeStore, target: NativeStore, version: Version, progress: Progress, report: Report | None
+) -> Copied:
+    name = ArtifactName(version.entity, version.project, version.collection)
+    newest = target.newest(name)
+    job = _Job(source, target, version, newest, progress, report)
+    draft = Draft(
+        name=name,
+        type=version.type,
+        folder=_CopiedFolder(job, version.root, newest.root if newest else None, whole=True),
+        commit=version.commit,
+        algorithm=version.algorithm,
+        description=version.description,
+        metadata=version.metadata,
+        tags=version.tags,
+        ttl=version.ttl,
+        run=version.run,
+        expect_root=version.root.digest,
+        number=version.number,
+    )
+    try:
+        published = publish(target, draft)
+    finally:
+        job.close()
+    return Copied(published.version, published.created)
+
+
+def _copy_collection(target: NativeStore, name: ArtifactName, theirs: Collection, numbers: dict[int, int]) -> None:
+    """Aliases of the copied versions, and what describes the collection. ``latest`` moves as it does when versions are made: a
+    copy that was killed may not have come to that."""
+
+    def adopt(ours: Collection) -> Collection:
+        aliases = {alias: numbers[number] for alias, number in theirs.aliases.items() if alias != LATEST and number in numbers}
+        aliases[LATEST] = max(ours.aliases.get(LATEST, -1), *numbers.values())
+        return msgspec.structs.replace(
+            ours,
+            description=theirs.description if ours.description is None else ours.description,
+            tags=ours.tags or theirs.tags,
+            aliases={**ours.aliases, **aliases},
+        )
+
+    if numbers:
+        target.update_collection(name, adopt)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _CopiedFolder:
+    """The source's directory ``theirs`` as changes to the target's ``base``."""
+
+    job: _Job
+    theirs: Dir
+    base: Dir | None
+    whole: bool = False
+    """It is the root: once it has been walked, everything is stored."""
+
+    def changes(self) -> Iterator[tuple[str, Change]]:
+        for before, after in self.job.differences(self.base, self.theirs):
+            if after is None:
+                assert before is not None
+                yield before.name, None
+            elif isinstance(after, Dir):
+                yield after.name, _CopiedFolder(self.job, after, before if isinstance(before, Dir) else None)
+            else:
+                yield after.name, self.job.entry(after, before)
+        if self.whole:
+            self.job.flush()
+
+
+class _Item(NamedTuple):
+    """A small content on its way into a pack: where it lies in the source, and where it will lie in the pack."""
+
+    id: bytes
+    place: Extent
+    offset: int
+
+
+class _Job:
+    """The contents of one version on their way."""
+
+    def __init__(
+        self,
+        source: NativeStore,
+        target: NativeStore,
+        version: Version,
+        newest: Version | None,
+        progress: Progress,
+        report: Report | None,
+    ) -> None:
+        self._source = source
+        self._target = target
+        self._where = version.qualified_name
+        self._progress = progress
+        self._report = report
+        self._index = Index(target.tree, newest.root if newest else None)
+        self._stored: dict[bytes, File] = {}
+        self._seed = version.root.digest + (newest.root.digest if newest else bytes(DIGEST_SIZE))
+        self._readers = ThreadPoolExecutor(_READING, thread_name_prefix="copy-read")
+        self._writers = ThreadPoolExecutor(_WRITING, thread_name_prefix="copy-write")
+        self._writing: deque[Future[int]] = deque()
+        self._lists = PackWriter(target.objects)
+        self._packs = 0
+        self._items: list[_Item] = []
+        self._size = 0
+
+    def differences(self, ours: Dir | None, theirs: Dir) -> Iterator[tuple[Entry | None, Entry | None]]:
+        """(the target's entry, the source's) by name, wherever they are not the same; only pages that differ are read."""
+        mine = list(self._target.tree.children(ours)) if ours else []
+        yours = list(self._source.tree.children(theirs))
+        common = {child.digest for child in mine} & {child.digest for child in yours}
+        left = (entry for child in mine if child.digest not in common for entry in self._target.tree.leaf(child))
+        right = (entry for child in yours if child.digest not in common for entry in self._source.tree.leaf(child))
+        before, after = next(left, None), next(right, None)
+        while before is not None or after is not None:
+            if after is None or (before is not None and before.name < after.name):
+                yield before, None
+                before = next(left, None)
+            elif before is None or after.name < before.name:
+                yield None, after
+                after = next(right, None)
+            else:
+                if identity(before) != identity(after):
+                    yield before, after
+                before, after = next(left, None), next(right, None)
+
+    def entry(self, entry: File | Symlink | Ref, before: Entry | None) -> Change:
+        """The entry as the target will have it; ``before`` is what it has at that path."""
+        if isinstance(entry, File):
+            prior = before if isinstance(before, File) else None
+            known = self._known(entry, prior)
+            if known is None:
+                known = self._stored[entry.id] = self._large(entry, prior) if entry.size > BLOCK else self._small(entry)
+            self._count(1, entry.size)
+            return msgspec.structs.replace(entry, extents=known.extents, blocks=known.blocks, table=known.table)
+        if isinstance(entry, Ref) and entry.blocks is not None:
+            return NewRef(msgspec.structs.replace(entry, blocks=None), self._source.block_list(entry))
+        return entry
+
+    def flush(self) -> None:
+        """Return once everything is durable."""
+        self._seal()
+        self._lists.seal()
+        while self._writing:
+            self._count_sent()
+        self._lists.flush()
+
+    def close(self) -> None:
+        """Forget what was not flushed and end the threads. Idempotent."""
+        self._writers.shutdown(wait=True, cancel_futures=True)
+        self._readers.shutdown(wait=True, cancel_futures=True)
+        self._lists.close()
+
+    def _known(self, file: File, prior: File | None) -> File | None:
+        """The content where the target has it."""
+        if not file.size:
+            return File("", 0, False, file.id)
+        if prior is not None and prior.id == file.id:
+            return prior
+        return self._stored.get(file.id) or self._index.find(file.id, lambda: None)
+
+    # Small contents
+
+    def _small(self, file: File) -> File:
+        places = self._source.extents(file)
+        if len(places) != 1:
+            raise IntegrityError(f"content {file.id.hex()} of {self._where} has {len(places)} extents, and one block only")
+        if self._size + file.size > PACK_TARGET:
+            self._seal()
+        place = Extent(self._pack_id(), self._size, file.size)
+        self._items.append(_Item(file.id, places[0], self._size))
+        self._size += file.size
+        return File("", file.size, False, file.id, (place,))
+
+    def _pack_id(self) -> bytes:
+        """The same for the same pack of a repeated copy, and for nothing else."""
+        identity = self._seed + struct.pack("<Q", self._packs)
+        return OBJECT_PACK + blake3(identity, derive_key_context=_PACK_CONTEXT).digest()[:16]
+
+    def _seal(self) -> None:
+        """Start to write the pack at hand."""
+        if not self._items:
+            return
+        while len(self._writing) >= _WRITING:
+            self._count_sent()
+        self._writing.append(self._writers.submit(self._write_pack, object_key(self._pack_id()), self._items, self._size))
+        self._packs += 1
+        self._items, self._size = [], 0
+
+    def _write_pack(self, key: str, items: list[_Item], size: int) -> int:
+        """The bytes that were sent: none if the pack is there."""
+        if self._is_there(key, size):
+            return 0
+        pack = bytearray(size)
+        for read in [self._readers.submit(self._read_run, run) for run in _runs(items)]:
+            for item, data in read.result():
+                pack[item.offset : item.offset + len(data)] = data
+        self._target.objects.put(key, pack)
+        return size
+
+    def _is_there(self, key: str, size: int) -> bool:
+        """Whether the target has the object; it then counts as just written, and no ``gc`` takes it away."""
+        return self._target.objects.size(key) == size and self._target.objects.refresh(key)
+
+    def _read_run(self, run: list[_Item]) -> list[tuple[_Item, bytes | memoryview]]:
+        """Contents that lie close together, read at once; those that are not what they should be, once more."""
+        first, last = run[0].place, run[-1].place
+        start = first.offset
+        view = memoryview(self._source.read_extent(Extent(first.object, start, last.offset + last.length - start)))
+        found: list[tuple[_Item, bytes | memoryview]] = []
+        for item in run:
+            data: bytes | memoryview = view[item.place.offset - start : item.place.offset - start + item.place.length]
+            if block_digest(data) != item.id:
+                data = self._source.read_extent(item.place)
+            if block_digest(data) != item.id:
+                raise self._damaged(item.id, object_key(item.place.object))
+            found.append((item, data))
+        return found
+
+    # Large contents
+
+    def _large(self, file: File, prior: File | None) -> File:
+        """A content of more than a block, stored but for the blocks that ``prior`` has at the same place."""
+        digests = self._source.block_list(file)
+        content = LargeContent(self._target, prior if prior is not None and prior.size > BLOCK else None)
+        new = [block for block in range(len(digests) // DIGEST_SIZE) if content.known(block) != _digest(digests, block)]
+        size = sum(_length(file, block) for block in new)
+        blob = OBJECT_BLOB + content_id(size, b"".join(_digest(digests, block) for block in new))
+        there = size > BLOCK and self._is_there(object_key(blob), size)
+        wanted = set(new)
+        pieces = self._blocks(file, digests, [] if there else new)
+        try:
+            for block in range(len(digests) // DIGEST_SIZE):
+                if block not in wanted:
+                    content.keep(_length(file, block))
+                elif there:
+                    content.take_stored(_length(file, block), _digest(digests, block))
+                else:
+                    content.take(next(pieces), _digest(digests, block))
+                    self._count_bytes(_length(file, block))
+            extents, table = content.finish(self._lists)
+        finally:
+            content.abort()
+            pieces.close()
+        return File("", file.size, False, file.id, extents, self._lists.add(digests), table=table)
+
+    def _blocks(self, file: File, digests: bytes, blocks: list[int]) -> Generator[memoryview]:
+        """The bytes of ``blocks`` in order, checked, read ahead by the workers."""
+        window: deque[Future[list[memoryview]]] = deque()
+        try:
+            for first, count in _segments(blocks):
+                window.append(self._readers.submit(self._read_segment, file, digests, first, count))
+                if len(window) > _AHEAD:
+                    yield from window.popleft().result()
+            while window:
+                yield from window.popleft().result()
+        finally:
+            for future in window:
+                future.cancel()
+
+    def _read_segment(self, file: File, digests: bytes, first: int, count: int) -> list[memoryview]:
+        source = self._source.source(file)
+        start = first * BLOCK
+        size = min((first + count) * BLOCK, file.size) - start
+        view = memoryview(b"".join(source.fetch(start, size)))
+        blocks = []
+        for block in range(first, first + count):
+            data = view[(block - first) * BLOCK : (block - first + 1) * BLOCK]
+            if block_digest(data) != _digest(digests, block):
+                data = memoryview(b"".join(source.fetch(block * BLOCK, _length(file, block))))
+            if block_digest(data) != _digest(digests, block):
+                raise self._damaged(file.id, f"block {block}")
+            blocks.append(data)
+        return blocks
+
+    def _damaged(self, id: bytes, what: str) -> IntegrityError:
+        where = f"content {id.hex()} of {self._where} ({what} in {self._source.url})"
+        return IntegrityError(f"{where} is damaged, so it is not copied; run `artifactfs fsck`")
+
+    # Counting, in the caller's thread
+
+    def _count(self, files: int, size: int) -> None:
+        self._progress.files += files
+        self._progress.bytes += size
+        self._tell()
+
+    def _count_bytes(self, sent: int) -> None:
+        self._progress.stored += sent
+        self._tell()
+
+    def _count_sent(self) -> None:
+        """Wait for the oldest pack under way."""
+        self._count_bytes(self._writing[0].result())
+        self._writing.popleft()
+
+    def _tell(self) -> None:
+        if self._report is not None:
+            self._report(self._progress)
+
+
+def _runs(items: list[_Item]) -> Iterator[list[_Item]]:
+    """``items`` in groups that lie close together in one object of the source."""
+    run: list[_Item] = []
+    for item in sorted(items, key=lambda item: (item.place.object, item.place.offset)):
+        if run:
+            first, last = run[0].place, run[-1].place
+            near = item.place.offset <= last.offset + last.length + _GAP
+            if item.place.object != first.object or not near or item.place.offset + item.place.length - first.offset > _RUN:
+                yield run
+                run = []
+        run.append(item)
+    if run:
+        yield run
+
+
+def _segments(blocks: list[int]) -> Iterator[tuple[int, int]]:
+    """(first, count) of runs of consecutive ``blocks``, of 4 MiB at most."""
+    at = 0
+    while at < len(blocks):
+        count = 1
+        while count < _SEGMENT // BLOCK and at + count < len(blocks) and blocks[at + count] == blocks[at] + count:
+            count += 1
+        yield blocks[at], count
+        at += count
+
+
+def _digest(digests: bytes, block: int) -> bytes:
+    return digests[block * DIGEST_SIZE : (block + 1) * DIGEST_SIZE]
+
+
+def _length(file: File, block: int) -> int:
+    return min(BLOCK, file.size - block * BLOCK)
