@@ -16,7 +16,7 @@ from steps import small_packs
 
 from artifactfs import tree as tree_module
 from artifactfs.content import LIST_CONTEXT, MAX_CONTENT, fingerprint
-from artifactfs.folders import LocalFolder, MadeFolder
+from artifactfs.folders import LocalFolder, MadeFolder, MergedFolder
 from artifactfs.maintenance import gc
 from artifactfs.model import BLOCK, Dir, Ref, Run, Symlink
 from artifactfs.names import ArtifactName, parse
@@ -48,7 +48,13 @@ def everything(store: NativeStore, tmp_path: Path, rng: random.Random) -> None:
         "ref2": Ref("", "s3://b/k", "etag", -1, True, {"versionID": 5, "etag": "é"}),
         "\U0001f600": Symlink("", "é"),
     }
-    first = commit(store, LocalFolder(str(data), references), algorithm="MD5", description="é", metadata={"a": [1, None]}).version
+    first = commit(
+        store,
+        MergedFolder(LocalFolder(str(data)), MadeFolder(references)),
+        algorithm="MD5",
+        description="é",
+        metadata={"a": [1, None]},
+    ).version
     changed = bytearray(large)
     changed[BLOCK + 7] ^= 1
 
@@ -165,7 +171,7 @@ def test_the_format_does_not_move(store: NativeStore, tmp_path: Path) -> None:
     files: dict[str, bytes | str | None] = {f"d{n % 3}/f{n}": b"%d" % n for n in range(10)}
     files |= {"large": bytes(BLOCK + 1), "link": "large", "empty": None, "run.sh": b"x"}
     refs = {"ref": Ref("", "s3://b/k", "etag", 5, False, {"etag": "e", "versionID": "v"})}
-    root = LocalFolder(str(write_files(tmp_path / "data", files)), refs)
+    root = MergedFolder(LocalFolder(str(write_files(tmp_path / "data", files))), MadeFolder(refs))
     digests = [commit(store, root, f"acme/vision/{it}", algorithm=it).version.digest for it in ("BLAKE3", "MD5", "XXH128")]
     assert digests == [
         "907e3597ee43c40812fa82f130c8aa94d3a50ad5d106a5325cb89adf740f8ac8",

@@ -22,7 +22,7 @@ from artifactfs import maintenance
 from artifactfs import tree as tree_module
 from artifactfs.content import fingerprint
 from artifactfs.errors import IntegrityError, NotFoundError
-from artifactfs.folders import LocalFolder, MadeFolder
+from artifactfs.folders import LocalFolder, MadeFolder, MergedFolder
 from artifactfs.maintenance import Checked, check_version, fsck, gc
 from artifactfs.model import BLOCK, Dir, Extent, File, Ref, Version
 from artifactfs.names import parse
@@ -299,7 +299,7 @@ def everything(store: NativeStore, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     found = fingerprint(referred)
     reference = NewRef(Ref("", "file:///x", "digest", found.size, id=found.id), found.blocks)
     with small_packs(8000):
-        first = commit(store, LocalFolder(str(data), {"reference": reference}), algorithm="MD5").version
+        first = commit(store, MergedFolder(LocalFolder(str(data)), MadeFolder({"reference": reference})), algorithm="MD5").version
         changed = bytearray(large)
         changed[BLOCK + 7] ^= 1
         patch = new_file(tmp_path / "patch", bytes(changed))

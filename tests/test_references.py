@@ -163,7 +163,18 @@ def test_max_objects(folder: Path) -> None:
     "uri",
     [
         *("", "data/x", "/data/x", "file:data", "file:x/y", "file://host/path", "file://rel/path", "file://", "file:"),
-        *("file:///a\0b", "file:///a\nb", "http:", "http:///x", "https://", "http://[::1", "s3://", "s3:///key", "://x", "1a://x"),
+        *(
+            "file:///a\0b",
+            "file:///a\nb",
+            "http:",
+            "http:///x",
+            "https://",
+            "http://[::1",
+            "s3://",
+            "s3:///key",
+            "://x",
+            "1a://x",
+        ),
     ],
 )
 def test_malformed_uris(uri: str) -> None:
