@@ -11,16 +11,22 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import artifactfs
 from artifactfs import daemon, mountpoint
 from artifactfs.cache import BlockCache
 from artifactfs.errors import ArtifactFSError, from_os_error
+from artifactfs.objects.local import LocalObjects
 from artifactfs.settings import Settings
-from artifactfs.store.urls import open_store
+from artifactfs.store.urls import open_objects, open_store
+
+if TYPE_CHECKING:
+    from artifactfs.objects.bucket import BucketObjects
 
 _FUSE_CONF = "/etc/fuse.conf"
 _LOW_SPACE = 1 << 30
+_SKEW = 300.0  # seconds: with more, services refuse signatures, and ages are told wrongly
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -38,8 +44,7 @@ def examine(settings: Settings) -> list[Check]:
     checks = [_python(), *map(_attempted, (_libfuse, _device)), _fusermount(), _fuse_conf()]
     if all(check.ok for check in checks):
         checks.append(_attempted(lambda: _mounting(settings)))
-    checks.append(_attempted(lambda: _store(settings)))
-    checks.append(Check("credentials", True, "none needed: the store is a local directory"))
+    checks += _store(settings)
     checks += [_cache(settings), *_directories(settings), *_mounts(settings)]
     return checks
 
@@ -98,13 +103,55 @@ def _mounting(settings: Settings) -> Check:
     return Check("mounting", True, f"works; a mount is ready in {took:.2f} s")
 
 
-def _store(settings: Settings) -> Check:
+def _store(settings: Settings) -> list[Check]:
+    """The credentials of the store and the store itself, which is written to if it is remote: only so it is known to work."""
+    try:
+        objects = open_objects(settings.store)
+    except ArtifactFSError as error:
+        return [Check("store", False, str(error), "name another with ARTIFACTFS_STORE or --store")]
+    if isinstance(objects, LocalObjects):
+        return [_local_store(settings), Check("credentials", True, "none needed: the store is a local directory")]
+    from artifactfs.objects.bucket import BucketObjects  # what it needs costs 0.4 s: only for those whose store is in a bucket
+
+    assert isinstance(objects, BucketObjects)
+    return [_credentials(objects), _remote_store(settings, objects)]
+
+
+def _local_store(settings: Settings) -> Check:
     try:
         store = open_store(settings.store)
     except ArtifactFSError as error:
         return Check("store", False, str(error), "name another with ARTIFACTFS_STORE or --store")
     check = _directory("store", Path(store.url.removeprefix("file://")))
     return check if store.url in check.found else dataclasses.replace(check, found=f"{store.url}; {check.found}")
+
+
+def _credentials(objects: BucketObjects) -> Check:
+    try:
+        found = objects.credentials()
+    except ArtifactFSError as error:
+        return _failed("credentials", error)
+    fix = "" if found else "unless the bucket is public: set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+    return Check("credentials", True, found or "none found: requests are not signed", fix)
+
+
+def _remote_store(settings: Settings, objects: BucketObjects) -> Check:
+    """Whether it can be read, and written with conditions that hold."""
+    try:
+        started = time.monotonic()
+        open_store(settings.store)
+        took = time.monotonic() - started
+        objects.probe()
+        skew = abs(objects.clock() - time.time())
+    except ArtifactFSError as error:
+        return _failed("store", error)
+    fix = f"this clock and the store's differ by {skew:.0f} s: synchronise it" if skew > _SKEW else ""
+    return Check("store", True, f"{objects.url}: answers in {took * 1000:.0f} ms; conditional writes work", fix)
+
+
+def _failed(what: str, error: ArtifactFSError) -> Check:
+    found, _, fix = str(error).rpartition("; ")
+    return Check(what, False, found or str(error), fix)
 
 
 def _cache(settings: Settings) -> Check:

@@ -17,9 +17,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import msgspec
 
-from artifactfs.content import EMPTY_ID, Checksum
+from artifactfs.content import DIGEST_SIZE, EMPTY_ID, Checksum, block_digest
 from artifactfs.errors import ArtifactFSError, IntegrityError, NotFoundError
-from artifactfs.model import BLOCK, Dir, Entry, File, Page, Ref, Version
+from artifactfs.model import BLOCK, Dir, Entry, File, Page, Ref, Version, block_count
 from artifactfs.names import ArtifactName
 from artifactfs.objects import ObjectInfo, object_key
 from artifactfs.objects.local import TEMPORARY
@@ -30,6 +30,7 @@ GRACE = 24 * 3600.0
 """Seconds: longer than any commit takes, short enough that a deleted terabyte is gone the next day."""
 
 _WORKERS = 2
+_REMOTE_WORKERS = 16  # each mostly waits for the network
 _AHEAD = 64
 _MAX_DONE = 2_000_000
 """Contents and directories remembered as checked: 200 MB."""
@@ -71,7 +72,7 @@ def gc(store: NativeStore, *, dry_run: bool = False, grace: float = GRACE) -> Co
     ``grace`` is in seconds. A record or page that cannot be read stops it with an IntegrityError before anything is removed:
     what it refers to is not known.
     """
-    cutoff = time.time() - grace
+    cutoff = store.objects.clock() - grace  # objects tell their age by this clock
     result = Collected()
     used: set[bytes] = set()
     seen: set[Page] = set()
@@ -83,16 +84,35 @@ def gc(store: NativeStore, *, dry_run: bool = False, grace: float = GRACE) -> Co
         elif version.state == "DELETED" and seconds(version.deleted_at) < cutoff:
             continue
         _mark(store, version, seen, used)
-    keys = {object_key(object) for object in used}
-    for info in _collectable(store):
-        if info.key in keys:
-            result.kept += 1
-        elif info.modified > cutoff:
-            result.young += 1
-        elif dry_run or store.objects.delete(info.key, unless_newer=cutoff):
-            result.removed += 1
-            result.bytes += info.size
+    garbage = _Garbage(store, {object_key(object) for object in used}, cutoff, result)
+    for key in garbage if dry_run else store.objects.remove(garbage, cutoff):
+        result.removed += 1
+        result.bytes += garbage.sizes.pop(key)
+    if not dry_run:
+        store.objects.sweep(cutoff)
     return result
+
+
+class _Garbage:
+    """The keys of objects that may go: not ``used``, and old. Counts the others."""
+
+    def __init__(self, store: NativeStore, used: set[str], cutoff: float, result: Collected) -> None:
+        self._store = store
+        self._used = used
+        self._cutoff = cutoff
+        self._result = result
+        self.sizes: dict[str, int] = {}
+        """In bytes, of those that were given out and may yet be removed."""
+
+    def __iter__(self) -> Iterator[str]:
+        for info in _collectable(self._store):
+            if info.key in self._used:
+                self._result.kept += 1
+            elif info.modified > self._cutoff:
+                self._result.young += 1
+            else:
+                self.sizes[info.key] = info.size
+                yield info.key
 
 
 def fsck(store: NativeStore, report: Callable[[Checked], None] | None = None) -> Iterator[Problem]:
@@ -128,7 +148,7 @@ def check_version(
     done = set() if done is None else done
     checked = checked or Checked()
     tree = Tree(store.load_page, cache_bytes=0)  # what is on disk now, not what was there when a page was read before
-    with ThreadPoolExecutor(_WORKERS, thread_name_prefix="check") as pool:
+    with ThreadPoolExecutor(_WORKERS if store.local else _REMOTE_WORKERS, thread_name_prefix="check") as pool:
         window: deque[tuple[str, File, Future[str]]] = deque()
         for path, entry in _sound_entries(tree, version.root, done):
             if isinstance(entry, str):
@@ -235,17 +255,36 @@ def _attempt(action: Callable[[File], object] | Callable[[Ref], object], entry: 
 
 def _read_all(store: NativeStore, file: File) -> None:
     """Read and check every block of a content, and the checksum that users see."""
-    content = store.local_content(file, recheck=True)
-    if content is None:
-        raise IntegrityError(f"{store.url} is not local")
     checksum = Checksum(file.algorithm)
-    try:
-        for offset in range(0, file.size, BLOCK):
-            checksum.update(content.read(offset, BLOCK))
-    finally:
-        content.close()
+    for block in _checked_blocks(store, file):
+        checksum.update(block)
     if checksum.finish() != file.checksum or (not file.size and file.id != EMPTY_ID):
         raise IntegrityError(f"content {file.id.hex()} is sound, but its entry has another digest than it")
+
+
+def _checked_blocks(store: NativeStore, file: File) -> Iterator[bytes | memoryview]:
+    """The blocks of a content as they are stored now, each checked."""
+    content = store.local_content(file, recheck=True)
+    if content is not None:
+        with contextlib.closing(content):
+            for offset in range(0, file.size, BLOCK):
+                yield content.read(offset, BLOCK)
+        return
+    digests = store.block_list(file)
+    number, block = 0, bytearray()
+    for piece in store.source(file).fetch(0, file.size):
+        view = memoryview(piece)
+        while view:
+            taken = view[: min(BLOCK, file.size - number * BLOCK) - len(block)]
+            block += taken
+            view = view[len(taken) :]
+            if len(block) == min(BLOCK, file.size - number * BLOCK):
+                if block_digest(block) != digests[number * DIGEST_SIZE : (number + 1) * DIGEST_SIZE]:
+                    raise IntegrityError(f"block {number} of content {file.id.hex()} in {store.url} is damaged")
+                yield memoryview(block)
+                number, block = number + 1, bytearray()
+    if block or number != block_count(file.size):
+        raise IntegrityError(f"content {file.id.hex()} in {store.url} ends too early")
 
 
 def _collections(store: NativeStore) -> Iterator[ArtifactName]:

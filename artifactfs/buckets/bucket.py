@@ -153,6 +153,10 @@ class Bucket:
         service's clock). How many there were; always 0 for a service that drops them by itself or cannot list them."""
         return self._tried(prefix, lambda: self._service.drop_uploads(prefix, before))
 
+    def credentials(self) -> str:
+        """Where the credentials come from, in words; "" if there are none. NotPermittedError if they cannot be had."""
+        return self._service.credentials()
+
     def _own(self, key: str, stamp: str) -> str | None:
         """The token of the object ``key`` if it has ``stamp``."""
 

@@ -31,6 +31,7 @@ _PIECE = 256 << 10  # at least this much is handed over at once: less would cost
 _WHOLE_REQUEST = 300.0  # seconds: what a PUT of 16 MiB takes at 56 kB/s; a longer answer is resumed
 _STATUS = re.compile(r"status code: ([0-9]{3})")
 _CODE = re.compile(r"<Code>([A-Za-z]{1,64})</Code>")
+_SHORT = re.compile(r"object was only [0-9]+ bytes long")
 _TLS = re.compile(r"certificate|UnknownIssuer|tls|ssl", re.IGNORECASE)
 
 _users: set[int] = set()  # processes whose obstore has threads: this one, or the one it was forked from
@@ -172,6 +173,8 @@ def _explained(error: BaseException, where: str) -> Exception | None:
     status, code = _STATUS.search(text), _CODE.search(text)
     if status:
         return explained(int(status[1]), code[1] if code else "", where)
+    if _SHORT.search(text):
+        return explained(416, "", where)
     if isinstance(error, (exceptions.PreconditionError, exceptions.AlreadyExistsError, exceptions.NotModifiedError)):
         return RefusedError(where)
     if isinstance(error, exceptions.UnauthenticatedError):

@@ -152,6 +152,10 @@ class S3Service:
     def token(self, stat: Stat) -> str:
         return stat.etag
 
+    def credentials(self) -> str:
+        with _Mapped(self.url):
+            return self._current().method()
+
     def renew(self) -> bool:
         with self._lock:
             before = self._clients.frozen() if self._clients is not None else None
@@ -215,6 +219,10 @@ class _Clients:
     def frozen(self) -> object:
         """The credentials in force, to compare."""
         return self._credentials and self._credentials.get_frozen_credentials()
+
+    def method(self) -> str:
+        """How boto3 found the credentials; "" for none."""
+        return f"found by boto3 ({self._credentials.method})" if self.frozen() is not None else ""
 
     def _store(self, name: str, options: Mapping[str, str], deadline: float) -> S3Store:
         meta = self.control.meta

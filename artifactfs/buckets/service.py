@@ -121,6 +121,9 @@ class Service(Protocol):
     def token(self, stat: Stat) -> str:
         """What :meth:`put`'s ``match`` takes for an object."""
 
+    def credentials(self) -> str:
+        """Where the credentials come from, in words; "" if there are none. NotPermittedError if they cannot be had."""
+
     def renew(self) -> bool:
         """Get credentials anew. Whether they are others than before."""
 

@@ -158,6 +158,10 @@ class BucketObjects:
         with self._errors("unfinished uploads"):
             return self._bucket.drop_uploads(self._prefix, before)
 
+    def credentials(self) -> str:
+        """Where the credentials come from, in words; "" if there are none. NotPermittedError if they cannot be had."""
+        return self._bucket.credentials()
+
     def probe(self) -> None:
         """Nothing, if the service's conditional writes work; ReadOnlyError says in which way they do not."""
         key = f"tmp/probe-{secrets.token_hex(8)}"

@@ -22,15 +22,13 @@ PACK = "packs/ab/" + "ab" * 16
 BLOB = "blobs/cd/" + "cd" * 32
 
 
-@pytest.fixture(params=["local", "s3", "gs", "az"])
+@pytest.fixture(params=["local", "s3", "az"])
 def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Opener:
     """Opens one and the same store again and again, as separate processes would."""
     if request.param == "local":
         url = str(tmp_path / "store")
     elif request.param == "s3":
         url = request.getfixturevalue("bucket").store_url("a/prefix")
-    elif request.param == "gs":
-        url = request.getfixturevalue("gcs_bucket").uri("prefix")
     else:
         url = f"az://{request.getfixturevalue('container').name}/prefix"
     return lambda: open_objects(url)
