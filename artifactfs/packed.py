@@ -39,7 +39,7 @@ _GAP = 64 << 10
 _RANGE = 4 << 20
 """Bytes of a request: two and a half round trips' worth, so that the stream of one costs little, and a pack has several."""
 _MEMORY = 32 << 20
-"""Bytes of contents that the cache did not take."""
+"""Bytes of contents that came last, or that the cache did not take."""
 
 Stream = Callable[[Extent], Iterator[bytes]]
 
@@ -127,14 +127,13 @@ class PackedContents:
             slot.fail(closed_error())
 
     def _peek(self, small: Small, offset: int, size: int) -> bytes | None:
-        data = None
-        if self._cache is not None and _cacheable(small):
-            data = self._cache.content(small.id, small.extent.length).read(0, offset, size, small.id)
-        if data is None:
-            with self._lock:
-                whole = self._memory.get(small.id)
-            data = whole[offset : offset + size] if whole is not None else None
-        return data
+        with self._lock:
+            whole = self._memory.get(small.id)
+        if whole is not None:
+            return whole[offset : offset + size]
+        if self._cache is None or not _cacheable(small):
+            return None
+        return self._cache.content(small.id, small.extent.length).read(0, offset, size, small.id)
 
     # Planning
 
@@ -248,10 +247,10 @@ class PackedContents:
 
     def _deliver(self, fetch: _Fetch, small: Small, data: bytes) -> None:
         if block_digest(data) == small.id:
-            kept = self._keep(small, data)
+            if self._cache is not None and _cacheable(small):
+                self._cache.content(small.id, len(data)).write(0, data, small.id)
             with self._lock:
-                if not kept:
-                    self._memory[small.id] = data
+                self._memory[small.id] = data  # also if it is cached now: it is likely to be read soon
                 slot = self._slots.pop(small.id, None)
             if slot is not None:
                 slot.set(data)
@@ -270,12 +269,6 @@ class PackedContents:
                 slot = self._slots.pop(small.id, None)
             if slot is not None:
                 slot.ask_again()
-
-    def _keep(self, small: Small, data: bytes) -> bool:
-        """Whether the cache has it now."""
-        if self._cache is None or not _cacheable(small):
-            return False
-        return self._cache.content(small.id, len(data)).write(0, data, small.id)
 
 
 class _Slot(Result[bytes]):

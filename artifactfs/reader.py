@@ -60,12 +60,12 @@ _BACKWARD = 1 << 20  # this far back, leaves the window open: parallel readers a
 _NEAR = 256 << 10  # while it is closed only this counts as sequence, or random reads of a small file would open it
 _RUN = 256 << 10  # two of the kernel's reads in sequence open it; one alone may be a header
 _WINDOW_MIN = 2 * BLOCK
-_WINDOW_MAX = 64 * BLOCK
-_PART_MAX = 8  # blocks of a prefetch: of a window of 64 MiB eight streams get one part each
+_WINDOW_MAX = 48 * BLOCK
+_PART_MAX = 6  # blocks of a prefetch: of a window of 48 MiB eight streams get one part each
 _DEMAND = 4  # blocks of a fetch that somebody waits for: large enough for the link, small enough for several streams
 _STEP = 8 * BLOCK  # a read of more is served in steps of this size
 _STREAMS = 12  # a content: those of the window, and some that are ending
-_MEMORY = 64 * BLOCK  # blocks that the cache did not take, and checked blocks of local references
+_MEMORY = 64 * BLOCK  # blocks that came last or that the cache did not take, more than a window; checked ones of local references
 _PAUSE = 10.0  # seconds that a whole content waits, with nowhere to keep its blocks, for somebody to read on
 _PROGRESS = 16 << 10  # bytes; a remote that drips less must not keep its readers waiting
 _RESOLVED = 65536  # references whose size was asked for
@@ -287,6 +287,11 @@ class Reader:
         with self._lock:
             return self._memory.get((key, block))
 
+    def forget(self, key: bytes, block: int) -> None:
+        """The opposite of :meth:`remember`."""
+        with self._lock:
+            self._memory.pop((key, block), None)
+
     # Planning. Everything here runs under the lock; the fetches begin when it is free.
 
     def want(self, content: _Content, blocks: Iterable[int], where: str, anew: bool = False) -> dict[int, _Slot | None]:
@@ -488,10 +493,9 @@ class Reader:
 
     def _deliver(self, fetch: _Fetch, block: int, data: bytes) -> None:
         content = fetch.content
-        kept = content.keep(block, data, replace=not fetch.whole)
+        content.keep(block, data, replace=not fetch.whole)
         with self._lock:
-            if not kept:
-                self._memory[content.key, block] = data
+            self._memory[content.key, block] = data  # also if it is cached now: it is about to be read, mostly in pieces
             slot = self._passed(fetch, block)
         if slot is not None:
             slot.set(data)
@@ -581,11 +585,12 @@ class _Content:
         """``size`` bytes from ``start`` of a block that is cached, if its digest is known by now."""
         if self._digests is None:
             return None
-        data = self.cached.read(block, start, size, self._digest(block)) if self.cached is not None else None
-        if data is None:
-            kept = self._reader.recall(self.key, block)
-            data = kept[start : start + size] if kept is not None else None
-        return data
+        kept = self._reader.recall(self.key, block)
+        if kept is not None:
+            if self.keeps and start + size == len(kept):
+                self._reader.forget(self.key, block)  # read in sequence to its end; who wants it again finds it in the cache
+            return kept[start : start + size]
+        return self.cached.read(block, start, size, self._digest(block)) if self.cached is not None else None
 
     def keep(self, block: int, data: bytes, replace: bool) -> bool:
         """Whether the cache has it now."""
