@@ -11,7 +11,7 @@ As in W&B the digest is the ETag without its quotes, ``extra`` has it as ``etag`
 only that, an integer), and the URI that is kept names the object without its version. What is not an object is taken for the
 prefix of some: all whose key starts with it, one entry each. Where some lie below ``key/`` and others beside it, nobody knows
 which are meant, and that is an error. Below a prefix, empty objects of S3 and placeholders of directories are passed over as in
-W&B.
+W&B. Credentials are the environment's, the service is where ``AWS_S3_ENDPOINT_URL`` or what boto3 heeds says.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+import os
 import re
 import secrets
 from collections.abc import Iterator
@@ -30,7 +31,7 @@ from artifactfs.buckets import Bucket, NoBucketError, Pin, Stat, open_bucket
 from artifactfs.errors import NotFoundError, SourceChangedError, UsageError
 from artifactfs.model import Ref, scheme_of
 from artifactfs.names import entry_path
-from artifactfs.references.source import ETAG, SEEN, VERSION, Expanded, source_key
+from artifactfs.references.source import DEADLINE, ETAG, SEEN, VERSION, Expanded, source_key
 
 log = logging.getLogger(__name__)
 
@@ -59,9 +60,12 @@ class _Place:
         """The URI of an object, without its version."""
         return self.root + (quote(key) if self.root.startswith("https:") else key)
 
-    def open(self, deadline: float | None = None) -> Bucket:
+    def open(self, deadline: float = DEADLINE) -> Bucket:
         options = {"account": self.account} if self.account else {}
-        return open_bucket(self.scheme, self.bucket, options, *(() if deadline is None else (deadline,)))
+        endpoint = os.environ.get("AWS_S3_ENDPOINT_URL")  # W&B's; boto3 has names of its own, which come after it
+        if self.scheme == "s3" and endpoint:
+            options["endpoint_url"] = endpoint
+        return open_bucket(self.scheme, self.bucket, options, deadline)
 
 
 def is_bucket(uri: str) -> bool:
@@ -90,7 +94,7 @@ def expand(uri: str, name: str, checksum: bool, max_objects: int) -> Iterator[Ex
     kept = empty = 0
     for stat, path in _below(bucket, place):
         if _is_placeholder(bucket, place, stat):
-            empty += not stat.key.endswith("/")
+            empty += place.scheme == "s3" and not stat.key.endswith("/")
             continue
         kept += 1
         if kept > max_objects:
@@ -115,11 +119,11 @@ def resolve(ref: Ref, deadline: float) -> Ref:
 
 
 def shown(uri: str) -> str:
-    """``uri`` for messages: of an Azure one nothing but the version id of its query, which may hold a signature."""
-    text = "".join(char if char.isprintable() else "?" for char in uri)[:500]
-    if scheme_of(uri) != "https" or _SUFFIX["az"].search(text):
-        return text
-    return text.partition("?")[0]
+    """``uri`` for messages: of an Azure one without user and query, which may hold a signature."""
+    if scheme_of(uri) == "https":
+        parts = urlsplit(uri)
+        uri = f"https://{parts.hostname}{parts.path}"
+    return "".join(char if char.isprintable() else "?" for char in uri)[:500]
 
 
 class BucketSource:
@@ -166,7 +170,7 @@ def _azure(uri: str, version: str) -> _Place:
     parts = urlsplit(uri)
     if parts.query or parts.username is not None or parts.fragment:
         text = "holds a query, a user name or a fragment, which everyone who reads the version would see"
-        raise UsageError(f"reference {shown(uri.partition('?')[0])!r} {text}; give credentials by the environment")
+        raise UsageError(f"reference {shown(uri)!r} {text}; give credentials by the environment")
     container, _, blob = unquote(parts.path.lstrip("/")).partition("/")
     if not container:
         raise UsageError(f"reference {shown(uri)!r} names no container; write https://ACCOUNT{AZURE_HOST}/CONTAINER/BLOB")
