@@ -196,7 +196,7 @@ def _check_expected(draft: Draft, newest: Version | None) -> None:
         expected = f"v{draft.expect_base}" if draft.expect_base != -1 else "no version"
         raise ConflictError(
             f"{draft.name.path} is at {f'v{found}' if newest else 'no version'}, not at {expected} as expected: "
-            "somebody else committed; stage the newest version again, or commit without --expect-base"
+            "somebody else committed; stage the newest version again, or commit over it: commit --resume --no-expect-base"
         )
 
 

@@ -73,14 +73,14 @@ def _stages_at(settings: Settings, where: str) -> list[StageInfo]:
     return [stage for stage in list_stages(settings.staging_dir) if stage.spec is not None and stage.spec.mountpoint == where]
 
 
-def finish(settings: Settings, left: Left, report: Report | None = None) -> Finished:
+def finish(settings: Settings, left: Left, report: Report | None = None, expect_base: bool | None = None) -> Finished:
     """Commit a stage that is not mounted, then remove its directory. May be repeated after any failure.
 
-    ConflictError if another process uses it.
+    ``expect_base`` overrides what the stage was begun with. ConflictError also if another process uses it.
     """
     with _opened(settings, left) as stage:
         warning = left_out_warning(stage.left_out())
-        published = stage.commit(report, final=True)
+        published = stage.commit(report, final=True, expect_base=expect_base)
         stage.remove()
     _forget(settings, left)
     if published is None:

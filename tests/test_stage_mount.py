@@ -213,8 +213,11 @@ def test_expect_base(world: World, staged: Path) -> None:
         daemon.unmount(first)
     assert (Path(record.staging) / "stage.json").exists()
     assert [found.state for found in daemon.mounts()] == ["failed"]
-    result = daemon.unmount(first, discard=True)
-    assert result.discarded and os.listdir(world.settings.staging_dir) == []
+    left = resume.find_stage(world.settings, str(first))
+    with pytest.raises(ConflictError, match="--no-expect-base"):
+        resume.finish(world.settings, left)
+    assert resume.finish(world.settings, left, expect_base=False).committed == "acme/vision/bikes:v2"
+    assert os.listdir(world.settings.staging_dir) == []
 
 
 def test_two_stages_of_one_collection_make_two_versions(world: World, staged: Path) -> None:

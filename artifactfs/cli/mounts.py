@@ -191,12 +191,16 @@ def _outcome(result: daemon.UnmountResult) -> str:
 @command("commit")
 @click.argument("directory", metavar="DIR", type=click.Path())
 @click.option("--resume", "again", is_flag=True, help="Commit a stage that is not mounted any more: DIR as in stage --resume.")
+@click.option("--no-expect-base", "anyway", is_flag=True, help="With --resume: commit also over what somebody else committed.")
 @pass_session
-def commit_command(session: Session, directory: str, again: bool) -> None:
+def commit_command(session: Session, directory: str, again: bool, anyway: bool) -> None:
     """Commit the stage mounted on DIR, which stays mounted, and print the name of the new version."""
+    if anyway and not again:
+        raise UsageError("--no-expect-base is for commit --resume; a stage that is mounted keeps what it was begun with")
     with progress(session, "committing") as report:
         if again:
-            finished = resume.finish(session.settings, resume.find_stage(session.settings, directory), report)
+            left = resume.find_stage(session.settings, directory)
+            finished = resume.finish(session.settings, left, report, False if anyway else None)
         else:
             result = daemon.commit(directory, report, state_dir=session.settings.state_dir)
             finished = resume.Finished(result.record.mountpoint, result.committed, result.created, result.record.warning)

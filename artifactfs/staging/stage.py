@@ -512,19 +512,19 @@ class Stage:
         """What a commit would publish. Nothing may change while it is read."""
         return StagedFolder(self._space.root, self._plan())
 
-    def commit(self, report: Report | None = None, final: bool = False) -> Published | None:
+    def commit(self, report: Report | None = None, final: bool = False, expect_base: bool | None = None) -> Published | None:
         """Make what is staged a version; None if there is nothing and never was.
 
         May be repeated after any failure and in another process: one commit makes one version. The result is recorded
         durably before this returns. Changes by other threads wait meanwhile and belong to the next commit, which sees all
         files as of one moment. Afterwards the stage goes on over the new version, unless ``final`` says that it will only be
-        removed.
+        removed. ``expect_base`` overrides what the stage was begun with.
         """
         with self._commit_lock, self._nothing_ahead(drain=not final):
             self._ledger.close_gate()
             try:
                 self._files.settle()
-                published = self._finished() or self._publish(report)
+                published = self._finished() or self._publish(report, expect_base)
                 if published is not None and not final:
                     self._go_on(published.version)
             except OSError as error:
@@ -569,7 +569,7 @@ class Stage:
             return None
         return Published(done.version, done.created)
 
-    def _publish(self, report: Report | None) -> Published | None:
+    def _publish(self, report: Report | None, expect_base: bool | None) -> Published | None:
         header = self._space.header
         base = header.base
         if next(self._differences(), None) is None:
@@ -577,6 +577,7 @@ class Stage:
         if not header.attempted:
             self._ledger.set_header(attempted=True)
         spec = self.spec
+        expect = spec.expect_base if expect_base is None else expect_base
         plan = self._plan()
         draft = Draft(
             name=spec.name,
@@ -590,7 +591,7 @@ class Stage:
             aliases=spec.aliases,
             run=spec.run,
             base=base.number if base else None,
-            expect_base=self._expected() if spec.expect_base else None,
+            expect_base=self._expected() if expect else None,
             retry=header.attempted,
             stored=refresh(self._ledger, self._store)[0],
         )
