@@ -144,6 +144,22 @@ def test_versions(versioned_bucket: Bucket) -> None:
         expand(versioned_bucket.uri(f"k?versionId={first}"))
 
 
+def test_a_prefix_of_a_versioned_bucket(versioned_bucket: Bucket) -> None:
+    """A listing tells no version ids; what was pinned by its ETag is looked for among older versions."""
+    versioned_bucket.put("d/k", b"first")
+    versioned_bucket.put("d/kk", b"other")
+    [k, kk] = [entry.ref for entry in expand(versioned_bucket.uri("d/"))]
+    versioned_bucket.put("d/k", b"later")
+    versioned_bucket.delete("d/kk")
+    assert (content(k), content(k, 2, 2), content(kk)) == (b"first", b"rs", b"other")
+    version = versioned_bucket.client.list_object_versions(Bucket=versioned_bucket.name, Prefix="d/k")["Versions"]
+    for item in version:
+        versioned_bucket.client.delete_object(Bucket=versioned_bucket.name, Key=item["Key"], VersionId=item["VersionId"])
+    for ref in (k, kk):
+        with pytest.raises(SourceChangedError):
+            content(ref)
+
+
 def test_an_object_that_changed_or_is_gone(bucket: Bucket) -> None:
     bucket.put("k", b"first")
     ref = one(bucket.uri("k")).ref
@@ -398,6 +414,7 @@ def test_a_changed_object_on_a_mount(bucket: Bucket, world: World) -> None:  # n
 
 
 def test_python(bucket: Bucket, shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    monkeypatch.chdir(shelf.root)
     monkeypatch.setenv("ARTIFACTFS_ENTITY", "acme")
     monkeypatch.setenv("ARTIFACTFS_PROJECT", "vision")
     fill(bucket)

@@ -132,6 +132,10 @@ class Bucket:
                     raise denied.error from None
                 renewed = True
 
+    def older(self, key: str, etag: str) -> str:
+        """The id of a version of the object that has this ETag; "" if there is none, or the service does not tell."""
+        return self._tried(key, lambda: self._service.older(key, etag))
+
     def token(self, stat: Stat) -> str:
         """What :meth:`swap`'s ``match`` takes for this object."""
         return self._service.token(stat)

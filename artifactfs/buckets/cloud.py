@@ -94,6 +94,9 @@ class CloudService:
         """Azure drops what was not committed after a week by itself, GCS as the bucket's lifecycle rules say."""
         return 0
 
+    def older(self, key: str, etag: str) -> str:
+        return ""  # obstore lists no versions
+
     def token(self, stat: Stat) -> str:
         return stat.version if self._generations else stat.etag
 

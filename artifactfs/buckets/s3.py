@@ -149,6 +149,20 @@ class S3Service:
                 return dropped
             following = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page.get("NextUploadIdMarker", "")}
 
+    def older(self, key: str, etag: str) -> str:
+        following: dict[str, str] = {}
+        while True:
+            with _Mapped(self._where(key)):
+                page = self._current().control.list_object_versions(Bucket=self._name, Prefix=key, **following)
+            versions = page.get("Versions", ())
+            for item in versions:
+                if item["Key"] == key and opaque(item["ETag"]) == opaque(etag):
+                    return str(item["VersionId"])
+            # The key itself comes before those that it is the beginning of.
+            if not page.get("IsTruncated") or (versions and versions[-1]["Key"] != key):
+                return ""
+            following = {"KeyMarker": page["NextKeyMarker"], "VersionIdMarker": page.get("NextVersionIdMarker", "")}
+
     def token(self, stat: Stat) -> str:
         return stat.etag
 

@@ -118,6 +118,9 @@ class Service(Protocol):
     def drop_uploads(self, prefix: str, before: float) -> int:
         """Abort multipart uploads below ``prefix`` that were begun before that time; how many there were."""
 
+    def older(self, key: str, etag: str) -> str:
+        """The id of a version of the object that has this ETag; "" if there is none, or the service does not tell."""
+
     def token(self, stat: Stat) -> str:
         """What :meth:`put`'s ``match`` takes for an object."""
 

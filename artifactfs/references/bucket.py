@@ -16,6 +16,7 @@ W&B. Credentials are the environment's, the service is where ``AWS_S3_ENDPOINT_U
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import logging
@@ -28,7 +29,7 @@ from urllib.parse import quote, unquote, urlsplit
 import msgspec
 
 from artifactfs.buckets import Bucket, NoBucketError, Pin, Stat, open_bucket
-from artifactfs.errors import NotFoundError, SourceChangedError, UsageError
+from artifactfs.errors import NotFoundError, NotPermittedError, SourceChangedError, UsageError
 from artifactfs.model import Ref, scheme_of
 from artifactfs.names import entry_path
 from artifactfs.references.source import DEADLINE, ETAG, SEEN, VERSION, Expanded, source_key
@@ -142,12 +143,34 @@ class BucketSource:
         self._pin = Pin(f'"{etag}"' if etag else "", version, ref.size)
 
     def fetch(self, offset: int, size: int) -> Iterator[bytes]:
+        end = offset + size
+        try:
+            for piece in self._stream(offset, size):
+                offset += len(piece)
+                yield piece
+        except SourceChangedError:
+            if not self._find_older():
+                raise
+            yield from self._stream(offset, end - offset)
+
+    def _stream(self, offset: int, size: int) -> Iterator[bytes]:
         try:
             yield from self._bucket.stream(self._object, offset, size, self._pin)
         except NoBucketError:
             raise
         except NotFoundError:
             raise SourceChangedError(f"{self.where} is no longer there; put it back, or add it again") from None
+
+    def _find_older(self) -> bool:
+        """Whether the bucket still has what was pinned as an older version (W&B looks there, too), which pins it from now on."""
+        if self._pin.version or not self._pin.etag:
+            return False
+        with contextlib.suppress(NotFoundError, NotPermittedError):
+            version = self._bucket.older(self._object, self._pin.etag)
+            if version and version != "null":
+                self._pin = dataclasses.replace(self._pin, version=version)
+                return True
+        return False
 
 
 def _parse(uri: str) -> _Place:
