@@ -8,17 +8,18 @@ A copy that was killed is repeated, and does not send again what arrived: small 
 is copied over what, and large ones into objects named by their bytes, so that the second attempt finds those of the first. A
 version that is there already is known by the id of its commit.
 
-Threads: the caller's walks the tree, fills packs and large contents in order; workers read, check and write packs.
+Threads: the caller's walks the tree and says where everything will lie; workers read, check and write the objects.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import struct
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 from blake3 import blake3
@@ -38,15 +39,15 @@ from artifactfs.tree import identity
 _PACK_CONTEXT = "artifactfs 2026-11 copied pack v1"
 """A pack's id is derived from what is copied: whoever packs in another order, or by another size, needs another context."""
 _WRITING = 4
-"""Packs under way at once: 64 MiB."""
+"""Packs and large contents under way at once: 64 MiB of packs."""
 _READING = 16
 """Reads at once: they are mostly round trips."""
 _GAP = 64 << 10
 """Bytes between two wanted contents of a source's pack that are cheaper to read than a further request."""
 _RUN = 8 << 20
 _SEGMENT = 4 << 20
-_AHEAD = 8
-"""Segments of a large content that are read ahead: 32 MiB."""
+_AHEAD = 4
+"""Segments of a large content that are read ahead: 16 MiB."""
 
 
 class Copied(NamedTuple):
@@ -266,11 +267,15 @@ class _Job:
         """Start to write the pack at hand."""
         if not self._items:
             return
-        while len(self._writing) >= _WRITING:
-            self._count_sent()
-        self._writing.append(self._writers.submit(self._write_pack, object_key(self._pack_id()), self._items, self._size))
+        self._start(self._write_pack, object_key(self._pack_id()), self._items, self._size)
         self._packs += 1
         self._items, self._size = [], 0
+
+    def _start(self, write: Callable[..., int], *arguments: Any) -> None:
+        """Have a worker write an object; :meth:`flush` waits for it."""
+        while len(self._writing) >= _WRITING:
+            self._count_sent()
+        self._writing.append(self._writers.submit(write, *arguments))
 
     def _write_pack(self, key: str, items: list[_Item], size: int) -> int:
         """The bytes that were sent: none if the pack is there."""
@@ -308,26 +313,42 @@ class _Job:
         """A content of more than a block, stored but for the blocks that ``prior`` has at the same place."""
         digests = self._source.block_list(file)
         content = LargeContent(self._target, prior if prior is not None and prior.size > BLOCK else None)
-        new = [block for block in range(len(digests) // DIGEST_SIZE) if content.known(block) != _digest(digests, block)]
+        count = len(digests) // DIGEST_SIZE
+        new = [block for block in range(count) if content.known(block) != _digest(digests, block)]
         size = sum(_length(file, block) for block in new)
-        blob = OBJECT_BLOB + content_id(size, b"".join(_digest(digests, block) for block in new))
-        there = size > BLOCK and self._is_there(object_key(blob), size)
+        apart = size > BLOCK
+        if apart:
+            self._start(self._write_blob, file, digests, new, size)
         wanted = set(new)
-        pieces = self._blocks(file, digests, [] if there else new)
-        try:
-            for block in range(len(digests) // DIGEST_SIZE):
+        with contextlib.closing(self._blocks(file, digests, [] if apart else new)) as pieces:
+            for block in range(count):
                 if block not in wanted:
                     content.keep(_length(file, block))
-                elif there:
+                elif apart:
                     content.take_stored(_length(file, block), _digest(digests, block))
                 else:
                     content.take(next(pieces), _digest(digests, block))
-                    self._count_bytes(_length(file, block))
-            extents, table = content.finish(self._lists)
-        finally:
-            content.abort()
-            pieces.close()
+        extents, table = content.finish(self._lists)
+        if not apart:
+            self._count_bytes(size)
         return File("", file.size, False, file.id, extents, self._lists.add(digests), table=table)
+
+    def _write_blob(self, file: File, digests: bytes, blocks: list[int], size: int) -> int:
+        """Store ``blocks`` as one object, named by its bytes. The bytes that were sent: none if it is there."""
+        key = object_key(OBJECT_BLOB + content_id(size, b"".join(_digest(digests, block) for block in blocks)))
+        if self._is_there(key, size):
+            return 0
+        writer = self._target.objects.writer(key)
+        offset = 0
+        try:
+            with contextlib.closing(self._blocks(file, digests, blocks)) as pieces:
+                for data in pieces:
+                    writer.write_at(offset, data)
+                    offset += len(data)
+            writer.commit(key)
+        finally:
+            writer.abort()
+        return size
 
     def _blocks(self, file: File, digests: bytes, blocks: list[int]) -> Generator[memoryview]:
         """The bytes of ``blocks`` in order, checked, read ahead by the workers."""
