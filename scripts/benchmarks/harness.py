@@ -34,6 +34,7 @@ class Bench:
     def __init__(self, work: Path) -> None:
         self.work = work
         self.rows: list[Row] = []
+        self.at_end: list[Callable[[], None]] = []
         home = work / "home"
         home.mkdir(parents=True)
         self.env = {
@@ -146,7 +147,11 @@ def main(program: str, description: str | None, benchmarks: dict[str, Callable[[
     options = parser.parse_args()
     with workplace(options.work) as work:
         bench = Bench(work)
-        for name, benchmark in benchmarks.items():
-            if not options.only or name in options.only:
-                benchmark(bench, options.quick)
+        try:
+            for name, benchmark in benchmarks.items():
+                if not options.only or name in options.only:
+                    benchmark(bench, options.quick)
+        finally:
+            for end in bench.at_end:
+                end()
         print(bench.table())
