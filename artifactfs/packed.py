@@ -41,6 +41,10 @@ _RANGE = 4 << 20
 _MEMORY = 32 << 20
 """Bytes of contents that came last, or that the cache did not take."""
 
+OTHERS = 5.0
+"""Seconds to wait for what another process is fetching into the shared cache: its link may have stalled."""
+_LOOK = 0.005  # seconds between two looks whether it is there: nothing tells processes of each other's blocks
+
 Stream = Callable[[Extent], Iterator[bytes]]
 
 
@@ -160,12 +164,10 @@ class PackedContents:
     def _prefetch(self, smalls: list[Small]) -> None:
         missing = {small.id: small for small in smalls if small.id not in self._slots and not self.has(small)}
         for run in _runs(missing.values()):
-            first, last = run[0].extent, run[-1].extent
-            end = max(small.extent.offset + small.extent.length for small in run)
-            extent = Extent(first.object, first.offset, end - first.offset)
+            extent = _range(run)
             if not self._budget.take(extent.length):
                 return
-            fetch = _Fetch(extent, run, f"{object_key(last.object)}", demanded=False)
+            fetch = _Fetch(extent, run, object_key(extent.object), demanded=False)
             with self._lock:
                 fetch.smalls = [small for small in run if small.id not in self._slots] if not self._closed else []
                 self._slots.update((small.id, _Slot(fetch)) for small in fetch.smalls)
@@ -213,12 +215,47 @@ class PackedContents:
 
     def _run(self, fetch: _Fetch) -> None:
         error: BaseException | None = None
+        claimed: list[Small] = []
         try:
-            if fetch.smalls:
-                self._fetch(fetch)
+            claimed = [small for small in fetch.smalls if self._claim(fetch, small)]
+            for run in _runs(claimed):
+                self._fetch(fetch, run)
         except BaseException as caught:  # whatever it is, those who wait must hear of it
             error = caught
+        for small in claimed:
+            self._disclaim(small)
         self._end(fetch, error)
+
+    def _claim(self, fetch: _Fetch, small: Small) -> bool:
+        """Whether ``small`` is to be fetched here. If another process is at it, that one does it, and who waits for it gets what
+        comes to the cache; unless that takes too long."""
+        cache = self._cache
+        if cache is None or not _cacheable(small):
+            return True
+        limit = time.monotonic() + OTHERS
+        while not cache.claim(small.id, 0) and time.monotonic() < limit:
+            if not fetch.demanded:
+                return False
+            time.sleep(_LOOK)
+        if not self.has(small):
+            return True
+        self._disclaim(small)
+        data = self._peek(small, 0, small.extent.length)
+        if data is None:
+            return True
+        self._pass_on(small, data)
+        return False
+
+    def _disclaim(self, small: Small) -> None:
+        if self._cache is not None:
+            self._cache.disclaim(small.id, 0)
+
+    def _pass_on(self, small: Small, data: bytes) -> None:
+        with self._lock:
+            self._memory[small.id] = data  # also if it is cached now: it is likely to be read soon
+            slot = self._slots.pop(small.id, None)
+        if slot is not None:
+            slot.set(data)
 
     def _end(self, fetch: _Fetch, error: BaseException | None) -> None:
         self._budget.give_back(fetch.extent.length)
@@ -228,13 +265,14 @@ class PackedContents:
             else:
                 slot.fail(error)
 
-    def _fetch(self, fetch: _Fetch) -> None:
-        """Stream the range and deliver each content once its last byte is here."""
-        start, have = fetch.extent.offset, 0
-        buffer = bytearray(fetch.extent.length)
+    def _fetch(self, fetch: _Fetch, run: list[Small]) -> None:
+        """Stream the range in which ``run`` lies, and deliver each content once its last byte is here."""
+        extent = _range(run)
+        start, have = extent.offset, 0
+        buffer = bytearray(extent.length)
         view = memoryview(buffer)
-        waiting = sorted(fetch.smalls, key=lambda small: small.extent.offset + small.extent.length, reverse=True)
-        for piece in self._stream(fetch.extent):
+        waiting = sorted(run, key=lambda small: small.extent.offset + small.extent.length, reverse=True)
+        for piece in self._stream(extent):
             view[have : have + len(piece)] = piece
             have += len(piece)
             fetch.moved = time.monotonic()
@@ -243,21 +281,18 @@ class PackedContents:
                 at = small.extent.offset - start
                 self._deliver(fetch, small, bytes(view[at : at + small.extent.length]))
         if waiting:
-            raise IntegrityError(f"{object_key(fetch.extent.object)} ended before byte {start + fetch.extent.length}; try again")
+            raise IntegrityError(f"{object_key(extent.object)} ended before byte {start + extent.length}; try again")
 
     def _deliver(self, fetch: _Fetch, small: Small, data: bytes) -> None:
         if block_digest(data) == small.id:
             if self._cache is not None and _cacheable(small):
                 self._cache.content(small.id, len(data)).write(0, data, small.id)
-            with self._lock:
-                self._memory[small.id] = data  # also if it is cached now: it is likely to be read soon
-                slot = self._slots.pop(small.id, None)
-            if slot is not None:
-                slot.set(data)
+                self._disclaim(small)
+            self._pass_on(small, data)
         elif fetch.demanded and not fetch.second:
             log.warning("%s fails its check; it is fetched again", fetch.where)
             fetch.second = True
-            self._fetch(fetch)
+            self._fetch(fetch, [small])
         elif fetch.demanded:
             raise IntegrityError(
                 f"{fetch.where}: byte {small.extent.offset} of {object_key(small.extent.object)} begins what does not match its "
@@ -314,6 +349,13 @@ def _runs(smalls: Iterable[Small]) -> Iterator[list[Small]]:
         run.append(small)
     if run:
         yield run
+
+
+def _range(run: list[Small]) -> Extent:
+    """The bytes from the first of ``run`` to the end of the last."""
+    first = run[0].extent
+    end = max(small.extent.offset + small.extent.length for small in run)
+    return Extent(first.object, first.offset, end - first.offset)
 
 
 def _cacheable(small: Small) -> bool:

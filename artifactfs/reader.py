@@ -35,7 +35,7 @@ from artifactfs.cache import BlockCache, CachedContent
 from artifactfs.content import DIGEST_SIZE, block_digest, check_block_list
 from artifactfs.errors import ArtifactFSError, IntegrityError, NetworkError, SourceChangedError
 from artifactfs.model import BLOCK, File, Ref, block_count, reference_key, scheme_of
-from artifactfs.packed import PackedContents, Small, closed_error, offline_error
+from artifactfs.packed import OTHERS, PackedContents, Small, closed_error, offline_error
 from artifactfs.references import (
     DEADLINE,
     Source,
@@ -69,6 +69,7 @@ _MEMORY = 64 * BLOCK  # blocks that came last or that the cache did not take, mo
 _PAUSE = 10.0  # seconds that a whole content waits, with nowhere to keep its blocks, for somebody to read on
 _PROGRESS = 16 << 10  # bytes; a remote that drips less must not keep its readers waiting
 _RESOLVED = 65536  # references whose size was asked for
+_LOOK = 0.005  # seconds between two looks whether another process has cached a block
 _LIST = -1  # the block list, as a block number
 _PACKS = 16384  # packs and pages of which is known how often a content was missing there
 
@@ -426,14 +427,41 @@ class Reader:
 
     def _fetch(self, fetch: _Fetch) -> None:
         content = fetch.content
-        offset = fetch.first * BLOCK
+        blocks = range(fetch.first, fetch.end)
+        claimed = list(blocks) if fetch.whole else [block for block in blocks if content.claim(block)]
         try:
-            self._receive(fetch, content.source().fetch(offset, min(fetch.end * BLOCK, content.size) - offset))
+            for first, end in _runs(claimed, len(blocks)):
+                self._stream(fetch, first, end)
+            for block in blocks if len(claimed) < len(blocks) else ():
+                if block not in claimed and not self._from_other(fetch, block):
+                    self._stream(fetch, block, block + 1)
         except WholeOnly as whole:
             if self._widen(fetch):
-                self._receive(fetch, whole.stream)
+                self._receive(fetch, whole.stream, fetch.first, fetch.end)
             else:
                 _close(whole.stream)
+        finally:
+            for block in blocks if not fetch.whole else ():
+                content.disclaim(block)
+
+    def _stream(self, fetch: _Fetch, first: int, end: int) -> None:
+        content = fetch.content
+        offset = first * BLOCK
+        self._receive(fetch, content.source().fetch(offset, min(end * BLOCK, content.size) - offset), first, end)
+
+    def _from_other(self, fetch: _Fetch, block: int) -> bool:
+        """Wait for a block that another process is fetching into the cache; False if it takes too long or does not come."""
+        content = fetch.content
+        limit = time.monotonic() + OTHERS
+        while not content.claim(block) and time.monotonic() < limit:
+            if fetch.cancelled:
+                raise _StoppedError
+            time.sleep(_LOOK)
+        content.prepare(fetch.where)
+        data = content.peek(block, 0, content.length(block))
+        if data is not None:
+            self._pass_on(fetch, block, data)
+        return data is not None
 
     def _widen(self, fetch: _Fetch) -> bool:
         """The remote sends the whole content where a part was asked for: whether this fetch goes on to take all of it. If
@@ -454,9 +482,9 @@ class Reader:
             content.spools.add(fetch)
             return True
 
-    def _receive(self, fetch: _Fetch, stream: Iterator[bytes]) -> None:
-        """Cut the stream into blocks and deliver each."""
-        block, parts, have = fetch.first, [], 0
+    def _receive(self, fetch: _Fetch, stream: Iterator[bytes], first: int, end: int) -> None:
+        """Cut the stream into the blocks from ``first`` to ``end`` (exclusive), and deliver each."""
+        block, parts, have = first, [], 0
         need = fetch.content.length(block)
         try:
             for piece in stream:
@@ -470,7 +498,7 @@ class Reader:
                         continue
                     self._take(fetch, block, b"".join(parts))
                     block, parts, have = block + 1, [], 0
-                    if block == fetch.end:
+                    if block == end:
                         return
                     need = fetch.content.length(block)
         finally:
@@ -494,6 +522,11 @@ class Reader:
     def _deliver(self, fetch: _Fetch, block: int, data: bytes) -> None:
         content = fetch.content
         content.keep(block, data, replace=not fetch.whole)
+        content.disclaim(block)
+        self._pass_on(fetch, block, data)
+
+    def _pass_on(self, fetch: _Fetch, block: int, data: bytes) -> None:
+        content = fetch.content
         with self._lock:
             self._memory[content.key, block] = data  # also if it is cached now: it is about to be read, mostly in pieces
             slot = self._passed(fetch, block)
@@ -599,6 +632,15 @@ class _Content:
             (not replace and cached.has(block)) or cached.write(block, data, self._digest(block))
         )
         return self.keeps
+
+    def claim(self, block: int) -> bool:
+        """Whether no other process is fetching the block; then this one is, until :meth:`disclaim`."""
+        cache = self._reader.cache
+        return cache is None or cache.claim(self.key, block)
+
+    def disclaim(self, block: int) -> None:
+        if self._reader.cache is not None:
+            self._reader.cache.disclaim(self.key, block)
 
     def matches(self, block: int, data: bytes) -> bool:
         """Whether ``data`` can be this block; anything can where no content id is known: then the pin vouches for it."""

@@ -16,7 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from shelves import Shelf, shelf, until, write_files  # noqa: F401 - fixtures
+from mounting import World, needs_fuse
+from proxy import Fault, Proxy
+from servers import Bucket, bucket, seaweed  # noqa: F401 - fixtures
+from shelves import Shelf, shelf, until  # noqa: F401 - fixtures
 
 from artifactfs import warm
 from artifactfs.cache import BlockCache
@@ -427,3 +430,112 @@ def test_a_forked_child_reads_on(far: Make) -> None:
         right = content(view, "d1/f001") == SMALL["d1/f001"] and content(view, "d1/f004") == SMALL["d1/f004"]
         os._exit(0 if right else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+# Mounts of a bucket, through a link that fails
+
+
+class Team(World):
+    """A store in a bucket, a proxy before it, and mounts of it."""
+
+    def __init__(self, root: Path, proxy: Proxy) -> None:
+        super().__init__(root)
+        self.proxy = proxy
+
+    def forget(self) -> None:
+        """Empty the cache, and the kernel's of what is no longer mounted."""
+        self.cache.prune(0)
+
+
+@pytest.fixture
+def team(bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Team]:  # noqa: F811
+    with Proxy(bucket.server.url) as proxy:
+        monkeypatch.setenv("ARTIFACTFS_STORE", bucket.store_url("store", proxy.url))
+        made = Team(tmp_path, proxy)
+        made.log("a/b/c", {**SMALL, "large": LARGE[: 6 * BLOCK + 5], "link": "large"})
+        made.forget()
+        proxy.reset()
+        yield made
+        proxy.release()
+        made.close()
+
+
+CONTENTS = {**SMALL, "large": LARGE[: 6 * BLOCK + 5]}
+TOTAL = sum(map(len, CONTENTS.values()))
+
+
+def right(mount: Path, names: list[str] | None = None) -> bool:
+    return all((mount / name).read_bytes() == CONTENTS[name] for name in names or CONTENTS)
+
+
+@needs_fuse
+def test_a_mount_over_a_link_that_fails(team: Team) -> None:
+    faults = [
+        team.proxy.add(Fault("status", method="GET", every=10)),
+        team.proxy.add(Fault("cut", method="GET", path="packs", every=7, at=3000)),
+        team.proxy.add(Fault("truncate", method="GET", path="/store/", every=11, at=100)),
+        team.proxy.add(Fault("corrupt", method="GET", path="packs", every=5, at=10)),
+    ]
+    mount = team.mount("a/b/c:latest", prefetch="none")  # many requests
+    names = list(CONTENTS)
+    random.Random(9).shuffle(names)
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(lambda name: right(mount, [name]), names))
+    assert all(fault.done for fault in faults)
+    team.proxy.clear()
+    team.proxy.refuse()
+    offline = team.mount("a/b/c:latest", offline=True)
+    assert right(offline)
+    assert os.readlink(offline / "link") == "large"
+
+
+@needs_fuse
+def test_wrong_bytes_a_stall_and_a_lost_link_at_a_mount(team: Team) -> None:
+    mount = team.mount("a/b/c:latest", prefetch="none")
+    assert right(mount, ["d0/f000"])
+    wrong = team.proxy.add(Fault("corrupt", method="GET", at=0))
+    with pytest.raises(OSError) as raised:
+        (mount / "d0/f003").read_bytes()
+    assert raised.value.errno == errno.EIO
+    assert wrong.done in (2, 4), "fetched again once; the kernel may ask twice"
+    team.proxy.clear()
+    assert right(mount, ["d0/f003"])
+
+    stalled = team.proxy.add(Fault("stall", method="GET", at=0))
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(right, mount, ["large"])
+        until(lambda: stalled.done)
+        begun = time.monotonic()
+        assert len(os.listdir(mount / "d0")) == 80
+        assert right(mount, ["d0/f000"])
+        assert time.monotonic() - begun < 2
+        assert not waiting.done()
+        team.proxy.clear()
+        team.proxy.release()
+        assert waiting.result(30)
+
+    team.proxy.refuse()
+    with pytest.raises(OSError) as raised:
+        (mount / "d0/f006").read_bytes()
+    assert raised.value.errno == errno.ETIMEDOUT
+    team.proxy.accept()
+    assert right(mount, ["d0/f006"])
+
+
+@needs_fuse
+def test_two_mounts_and_a_warm_share_what_is_fetched(team: Team) -> None:
+    team.proxy.latency = 0.01
+    mounts = [team.mount("a/b/c:latest"), team.mount("a/b/c:v0")]
+    version = team.store.version(NAME)
+    team.proxy.reset()
+
+    def work(which: int) -> bool:
+        if which == 2:
+            return warm.warm(team.store, team.reader, version) == []
+        names = list(CONTENTS)
+        random.Random(which).shuffle(names)
+        return right(mounts[which], names)
+
+    with ThreadPoolExecutor(3) as pool:
+        assert all(pool.map(work, range(3)))
+    assert team.proxy.bytes_down <= 1.5 * TOTAL, "each byte about once; pages and gaps between contents too"

@@ -12,6 +12,7 @@ On disk
             ledger                      magic (8), boot id (16), used (8), granted (8), BLAKE3 of these (16)
             writers/<pid>-<random>      bytes (8) a process may still add; locked by it as long as it lives
             evict                       locked by whoever is evicting
+            claims                      empty; locked byte by byte by who is fetching a block (:mod:`artifactfs.cache.claims`)
 
     A block file is the data and then its *seal*: 32 bytes, BLAKE3 in derive-key mode with :data:`layout.SEAL_CONTEXT` over key
     (32 bytes), block number (8, little endian; the list's is 2**64 - 1) and the BLAKE3 of the data (32). Its length is exactly
@@ -58,6 +59,7 @@ from typing import NamedTuple
 
 from cachetools import LRUCache
 
+from artifactfs.cache.claims import Claims
 from artifactfs.cache.layout import (
     LIST,
     LIST_NAME,
@@ -187,9 +189,10 @@ class _Slot:
     def __init__(self) -> None:
         self.tree: Tree | None = None
         self.space: Space | None = None
+        self.claims: Claims | None = None
 
     def close(self) -> None:
-        space, self.tree, self.space = self.space, None, None
+        space, self.tree, self.space, self.claims = self.space, None, None, None
         if space is not None:
             space.close()
 
@@ -230,6 +233,28 @@ class BlockCache:
             problem = str(from_os_error(error, f"reading the cache {self.root}"))
         total, free = _disk(self.root)
         return CacheInfo(self.root, self.limit, used, contents, blocks, free, total, problem)
+
+    def claim(self, key: bytes, block: int) -> bool:
+        """Whether no other process is fetching that block; then others see that this one is, until :meth:`disclaim`. Advice
+        only: True also where that cannot be told."""
+        claims = self._claims()
+        return claims is None or claims.take(key, block)
+
+    def disclaim(self, key: bytes, block: int) -> None:
+        """The block was fetched, or given up. Idempotent."""
+        claims = self._slot.claims
+        if claims is not None:
+            claims.give_back(key, block)
+
+    def _claims(self) -> Claims | None:
+        claims = self._slot.claims
+        if claims is None and self.limit > _SKELETON and time.monotonic() >= self._paused_until:
+            try:
+                claims = self._slot.claims = Claims(self._open_tree(create=True))
+            except (OSError, NotPermittedError) as error:
+                self._paused_until = time.monotonic() + _PAUSE_SECONDS
+                self._warn(error)
+        return claims
 
     def prune(self, target: int = 0) -> int:
         """Evict what was least recently used until at most ``target`` bytes are used (as far as directories and bookkeeping
