@@ -368,7 +368,8 @@ class _Exchange:
         if fault is not None and fault.at < 0 and fault.kind in ("cut", "stall"):
             self._stop(fault)
         if fault is not None and fault.kind == "truncate" and length > fault.at:
-            head = _without(head, b"content-length")[:-2] + f"Content-Length: {fault.at}\r\n\r\n".encode()
+            head = _without(_without(head, b"content-length"), b"connection")[:-2]
+            head += f"Content-Length: {fault.at}\r\nConnection: close\r\n\r\n".encode()  # the server has more to say
         self._client.connection.sendall(head)
         return self._body(body, length) and kept
 

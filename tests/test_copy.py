@@ -16,7 +16,7 @@ from commits import NAME, commit, contents
 from http_server import FaultServer
 from programs import Program
 from proxy import Fault, Proxy
-from servers import Bucket
+from servers import Bucket, Container
 from shelves import until, write_files
 from steps import die_at, steps
 
@@ -235,8 +235,8 @@ def test_killed_at_every_step_and_repeated(source: NativeStore, tmp_path: Path) 
             assert target.version(NAME.at(name)).root.digest == source.version(NAME.at(name)).root.digest
         assert not list(fsck(target))
         taken += 1
-        step += 5
-    assert taken > 5
+        step += 9
+    assert taken > 3
 
 
 def _killed_copy(source: NativeStore, where: Path, step: int) -> bool:
@@ -266,6 +266,15 @@ def test_to_a_bucket_and_back(source: NativeStore, bucket: Bucket, tmp_path: Pat
     assert contents(back, back.version(NAME)) == contents(source, source.version(NAME))
     assert back.collection(NAME).aliases == source.collection(NAME).aliases
     assert not list(fsck(back))
+
+
+def test_between_clouds(source: NativeStore, container: Container, bucket: Bucket, tmp_path: Path) -> None:
+    log(source, tmp_path / "f", FILES)
+    azure, amazon = open_store(f"az://{container.name}/store"), open_store(bucket.store_url())
+    back = open_store(str(tmp_path / "back"))
+    for left, right in ((source, azure), (azure, amazon), (amazon, back)):
+        assert [created for _, created in copy(left, right)[0]] == [True]
+    assert contents(back, back.version(NAME)) == contents(source, source.version(NAME))
 
 
 def test_a_copy_to_a_bucket_is_killed_and_repeated(source: NativeStore, bucket: Bucket, tmp_path: Path) -> None:

@@ -19,11 +19,11 @@ FAILURES = (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError)
 
 
 class Link:
-    """A bucket with one object behind a proxy, and a client that asks once and waits two seconds at most."""
+    """A bucket with one object behind a proxy, and a client that asks once and waits a second at most."""
 
     def __init__(self, bucket: Bucket, proxy: Proxy) -> None:
         self.bucket, self.proxy = bucket, proxy
-        config = Config(s3={"addressing_style": "path"}, retries={"total_max_attempts": 1}, read_timeout=2)
+        config = Config(s3={"addressing_style": "path"}, retries={"total_max_attempts": 1}, read_timeout=1)
         self.client = boto3.client("s3", endpoint_url=proxy.url, config=config)
         self.put("k", DATA)
         proxy.reset()
