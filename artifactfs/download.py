@@ -40,7 +40,7 @@ from artifactfs.errors import (
 )
 from artifactfs.model import BLOCK, Dir, Entry, File, Ref, Symlink, Version, is_executable
 from artifactfs.publish import Progress, Report
-from artifactfs.reader import Reader
+from artifactfs.reader import Handle, Reader
 from artifactfs.store import Store
 
 WORKERS = 8
@@ -222,6 +222,10 @@ class _Job:
         unreadable = [Problem(path, "unreadable", str(error)) for path, error in self._failures]
         return sorted(self._problems + unreadable, key=lambda problem: problem.path)
 
+    def _open(self, path: str, entry: Stored) -> Handle:
+        """The bytes of an entry, which may be fetched together with those beside it."""
+        return self._reader.open(entry, self._where(path), lambda: self._store.tree.page_of(self._version.root, path))
+
     def _batches(self, enter: Callable[[str, Dir], object], prefix: str) -> Iterator[tuple[str, list[Entry]]]:
         pending: list[tuple[str, Dir]] = [("", self._version.root)]
         while pending:
@@ -402,7 +406,7 @@ class _Job:
         offset = part.good_bytes(self._block_digests(entry)) if part.resumable else 0
         self._count(0, offset, 0)
         os.ftruncate(part.fd, offset)
-        with contextlib.closing(self._reader.open(entry, self._where(path))) as handle:
+        with contextlib.closing(self._open(path, entry)) as handle:
             while (entry.size < 0 or offset < entry.size) and (data := handle.read(offset, _PIECE)):
                 _write_at(part.fd, offset, data)
                 offset += len(data)
@@ -522,7 +526,7 @@ class _Job:
 
     def _read(self, path: str, entry: Stored) -> None:
         offset = 0
-        with contextlib.closing(self._reader.open(entry, self._where(path))) as handle:
+        with contextlib.closing(self._open(path, entry)) as handle:
             while data := handle.read(offset, _PIECE):
                 offset += len(data)
                 self._count(0, len(data), 0)

@@ -166,6 +166,12 @@ class Tree:
         page, decoded = self._leaf_for(directory, name)
         return page.id, decoded.items  # type: ignore[return-value]  # level 0 holds entries
 
+    def page_of(self, root: Dir, path: str) -> tuple[bytes, Sequence[Entry]]:
+        """The same for what is at ``path`` below ``root``."""
+        parent, _, name = path.rpartition("/")
+        directory = self.resolve(root, parent)
+        return self.page_with(directory, name) if isinstance(directory, Dir) else (b"", ())
+
     def _leaf_for(self, directory: Dir, name: str) -> tuple[Page, _Names]:
         child = _whole(directory)
         level = _MAX_LEVEL

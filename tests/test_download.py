@@ -72,7 +72,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def commit(store: NativeStore, source: Path, *references: str) -> Version:
-    items = [item for uri in references for item in expand(uri)]
+    items = sorted((item for uri in references for item in expand(uri)), key=lambda item: item.path)
     draft = Draft(name=NAME, type="dataset", folder=gather([str(source)], items), commit=secrets.token_hex(8))
     return publish(store, draft).version
 

@@ -21,7 +21,7 @@ from proxy import Fault, Proxy
 from servers import Bucket, bucket, seaweed  # noqa: F401 - fixtures
 from shelves import Shelf, shelf, until  # noqa: F401 - fixtures
 
-from artifactfs import warm
+from artifactfs import download, warm
 from artifactfs.cache import BlockCache
 from artifactfs.errors import ArtifactFSError, IntegrityError, NetworkError, OfflineError
 from artifactfs.model import BLOCK, File, Version
@@ -417,6 +417,17 @@ def test_warm_fetches_all_once_then_offline_serves_it(shelf: Shelf, far: Make, v
     assert all(item.cached == item.size for item in warm.check(offline.store, offline.reader, version))
     assert warm.evict(user.store, user.cache, version, "d1/") > 0
     assert {item.path.partition("/")[0] for item in warm.check(user.store, user.reader, version) if not item.cached} == {"d1"}
+
+
+def test_a_download_fetches_packs(far: Make, tmp_path: Path) -> None:
+    user = far()
+    version = user.store.version(NAME)
+    user.objects.delay = 0.005
+    user.objects.reset()
+    download.get(user.store, user.reader, version, str(tmp_path / "out"))
+    assert all((tmp_path / "out" / name).read_bytes() == data for name, data in {**SMALL, "large": LARGE}.items())
+    assert len(user.objects.calls) < 90
+    assert user.objects.fetched <= 1.2 * version.size
 
 
 def test_a_forked_child_reads_on(far: Make) -> None:
