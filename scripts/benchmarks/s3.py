@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import json
 import os
 import random
 import shutil
@@ -135,9 +136,9 @@ class Place:
     # Mounts, each with an empty cache of its own that it keeps while it is mounted again
 
     @contextlib.contextmanager
-    def ours(self, cache: Path) -> Iterator[Path]:
+    def ours(self, cache: Path, name: str = "files:v0") -> Iterator[Path]:
         self.bench.env["ARTIFACTFS_CACHE_DIR"] = str(cache)
-        with self.bench.mounted("files:v0") as path:
+        with self.bench.mounted(name) as path:
             yield path
 
     @contextlib.contextmanager
@@ -266,6 +267,40 @@ def commit(bench: Bench, quick: bool) -> None:
         _add(place, f"{work}, beside plain parallel PUTs", pairs, "s", "goal: at least 0.83")
 
 
+def training(bench: Bench, quick: bool) -> None:
+    """A DataLoader with four workers over 20,000 files, and parts of large files in three formats."""
+    files, size = (1000, 128 * MIB) if quick else (20_000, 1024 * MIB)
+    with _place(bench, quick, full=False) as place:
+        source = bench.work / "training"
+        _train(place, "make", source, str(files), str(size))
+        past_the_link = {**bench.env, "ARTIFACTFS_STORE": bench.env["ARTIFACTFS_STORE"].replace(place.link.url, place.server.url)}
+        log = [bench.program, "-q", "log", "training", str(source), "--type", "dataset"]
+        subprocess.run(log, env={**past_the_link, **place.server.environment()}, check=True, stdout=subprocess.DEVNULL)
+        drop_caches()
+        local = _train(place, "loader", source)
+        with place.ours(place.cache(), "training:v0") as root:
+            drop_caches()
+            ours = _train(place, "loader", root)
+        for number, name in enumerate(("epoch 1", "epoch 2")):
+            _add(place, f"DataLoader over {files} files, {name}, beside a local disk", [(ours[number], local[number])], "s", "")
+        for name in ("safetensors", "parquet", "hdf5", "mapped"):
+            with place.ours(place.cache(), "training:v0") as root:
+                before = place.link.moved().down
+                start = time.perf_counter()
+                needed = _train(place, name, root)
+                took = time.perf_counter() - start
+                fetched = (place.link.moved().down - before) / MIB
+            note = f"{needed / MIB:.0f} MiB needed, {fetched:.0f} fetched of {size // MIB}"
+            bench.add(Row(f"{name}, a part of {size // MIB} MiB, cold", took, None, "s", None, note))
+
+
+def _train(place: Place, work: str, root: Path, *arguments: str) -> Any:
+    command = [sys.executable, str(Path(__file__).with_name("training.py")), work, str(root), *arguments]
+    quiet = {**os.environ, "PYTHONWARNINGS": "ignore"}  # torch finds more workers than processors
+    answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=quiet).stdout
+    return json.loads(answer) if answer else None
+
+
 def _read(place: Place, work: str, action: Callable[[Path], None], amount: float, unit: str, goals: tuple[int, int]) -> None:
     """Cold and warm (the kernel's caches dropped), beside rclone."""
     cold: list[tuple[float, float]] = []
@@ -333,7 +368,7 @@ def _program(name: str) -> str:
     return str(Path(sys.executable).parent / name)
 
 
-BENCHMARKS = {"small": small, "sequential": sequential, "random": random_reads, "commit": commit}
+BENCHMARKS = {"small": small, "sequential": sequential, "random": random_reads, "commit": commit, "training": training}
 
 if __name__ == "__main__":
     main("scripts/bench s3", __doc__, BENCHMARKS)
