@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from artifactfs.model import OBJECT_PACK, Extent
@@ -18,6 +19,8 @@ PACK_TARGET = 16 << 20
 
 _PENDING = 2
 """Packs being written at once; with the one being filled this bounds memory to 3 packs."""
+_PENDING_REMOTE = 6
+"""The same where each waits for a network: six connections of 90 MB/s are more than most links have."""
 
 
 class PackWriter:
@@ -27,7 +30,8 @@ class PackWriter:
         self._objects = objects
         self._target = target
         self._lock = threading.Lock()
-        self._pool = ThreadPoolExecutor(_PENDING, thread_name_prefix="pack")
+        self._pending = _PENDING if objects.path("") is not None else _PENDING_REMOTE
+        self._pool = ThreadPoolExecutor(self._pending, thread_name_prefix="pack")
         self._writing: list[Future[None]] = []
         self._start()
 
@@ -39,6 +43,11 @@ class PackWriter:
             if len(self._buffer) >= self._target:
                 self._seal()
         return extent
+
+    def run(self, write: Callable[[], None]) -> None:
+        """Have ``write`` done in the background, beside the packs; :meth:`flush` waits for it, and raises what it raised."""
+        with self._lock:
+            self._begin(write)
 
     def seal(self) -> None:
         """Start to write what was added; :meth:`flush` waits for it."""
@@ -64,8 +73,12 @@ class PackWriter:
         self._buffer = bytearray()
 
     def _seal(self) -> None:
-        while len(self._writing) >= _PENDING:
+        key, buffer = object_key(self._id), self._buffer
+        self._begin(lambda: self._objects.put(key, buffer))
+        self._start()
+
+    def _begin(self, write: Callable[[], None]) -> None:
+        while len(self._writing) >= self._pending:
             self._writing[0].result()  # stays if it raises: no later flush may pass
             del self._writing[0]
-        self._writing.append(self._pool.submit(self._objects.put, object_key(self._id), self._buffer))
-        self._start()
+        self._writing.append(self._pool.submit(write))

@@ -18,7 +18,7 @@ from obstore import exceptions
 from obstore.store import AzureStore, GCSStore, S3Store
 
 from artifactfs.attempts import CONNECT_TIMEOUT, READ_TIMEOUT, TransientError
-from artifactfs.buckets.service import Answer, Data, Pin, RefusedError, Stat, explained, quoted
+from artifactfs.buckets.service import Answer, Data, NotPartialError, Pin, RefusedError, Stat, explained, quoted
 from artifactfs.errors import ArtifactFSError, NetworkError
 
 if TYPE_CHECKING:  # obstore has these for type checkers only
@@ -173,6 +173,8 @@ def _explained(error: BaseException, where: str) -> Exception | None:
     status, code = _STATUS.search(text), _CODE.search(text)
     if status:
         return explained(int(status[1]), code[1] if code else "", where)
+    if "non-partial response" in text:
+        return NotPartialError("the service does not answer with the range that was asked for")
     if _SHORT.search(text):
         return explained(416, "", where)
     if isinstance(error, (exceptions.PreconditionError, exceptions.AlreadyExistsError, exceptions.NotModifiedError)):

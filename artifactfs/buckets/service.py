@@ -64,6 +64,10 @@ class RefusedError(Exception):
     """A condition of the request does not hold."""
 
 
+class NotPartialError(TransientError):
+    """The service answers to a request for a range as to one for all."""
+
+
 class DeniedError(Exception):
     """The credentials are refused. ``error`` says so, unless renewed ones help."""
 

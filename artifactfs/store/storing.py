@@ -107,7 +107,7 @@ class Storing:
         """``changed``: the blocks to read, None for all; the others are those of ``prior``."""
         if size > MAX_CONTENT:
             raise UsageError(f"{new.path} has {size} bytes; a file in a version has at most {MAX_CONTENT}")
-        content = LargeContent(self._store, prior)
+        content = LargeContent(self._store, prior, _Again(fd, new.path).read if not self._store.local else None)
         checksum = Checksum(self._algorithm)
         try:
             with contextlib.closing(self._segments(new.path, fd, size, changed)) as segments:
@@ -175,6 +175,17 @@ def _placed(found: Fingerprint, executable: bool, known: File | None) -> File:
     extents, blocks, table = (known.extents, known.blocks, known.table) if known is not None else ((), None, None)
     algorithm = found.algorithm
     return File("", found.size, executable, found.id, extents, blocks, algorithm, found.checksum, table)
+
+
+class _Again:
+    """A file that is read once more after its descriptor was closed. It is closed with this."""
+
+    def __init__(self, fd: int, path: str) -> None:
+        self._file = open(os.dup(fd), "rb", buffering=0)  # noqa: SIM115 - read by whoever sends it, then let go
+        self._path = path
+
+    def read(self, offset: int, size: int) -> bytes:
+        return _pread(self._file.fileno(), size, offset, self._path)
 
 
 def _plan(size: int, changed: frozenset[int] | None) -> Iterator[tuple[int, int, bool]]:
