@@ -4,8 +4,8 @@ The result is a list of extents: runs of the older content's objects, and one ne
 changing a little of a large file stores a little, and a file without an older one becomes one blob.
 
 A remote store must be told an object's name before its first byte, and a blob's follows from all of its blocks. So for one the
-new blocks are only noted, and read again when they are sent, in the background: what is there already is not sent at all, and a file
-that has changed since is noticed, because each block is checked against its digest.
+new blocks are only noted, and read again when they are sent, in the background: what is there already is not sent at all, and a
+file that has changed since is noticed, because each block is checked against its digest.
 """
 
 from __future__ import annotations
