@@ -171,7 +171,8 @@ def main() -> int:
     if os.fork():
         os._exit(0)  # the caller waits for this process only, so no zombie is left of the one that lives on
     faulthandler.enable()
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
+    logging.getLogger("artifactfs").setLevel(logging.INFO)
     answered = False
 
     def answer(value: dict[str, Any]) -> None:

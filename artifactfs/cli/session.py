@@ -48,10 +48,10 @@ class Session:
         return names.parse(text, self.settings.entity, self.settings.project)
 
     def start_logging(self) -> None:
-        level = logging.DEBUG if self.verbose else logging.ERROR if self.quiet else logging.WARNING
+        level = logging.ERROR if self.quiet else logging.WARNING
         logging.basicConfig(level=level, format="artifactfs: %(message)s", stream=sys.stderr, force=True)
-        for noisy in ("urllib3", "asyncio"):
-            logging.getLogger(noisy).setLevel(max(level, logging.INFO))
+        if self.verbose:  # of us only: botocore's details have the signatures of requests in them
+            logging.getLogger("artifactfs").setLevel(logging.DEBUG)
 
     def note(self, text: str) -> None:
         """One line on standard error for the person who waits; not with ``--quiet`` or ``--json``."""
