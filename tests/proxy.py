@@ -196,9 +196,10 @@ class Proxy:
             ours, theirs = _Stream(client), _Stream(server)
             while head := ours.head():
                 request = _parse(head)
+                released = self._released  # before the fault: what is to stall when all is released must not
                 fault = self._begin(request)
                 try:
-                    kept = _Exchange(self, ours, theirs, request, fault).run(head)
+                    kept = _Exchange(self, ours, theirs, request, fault, released).run(head)
                 finally:
                     with self._lock:
                         self._concurrent -= 1
@@ -223,9 +224,8 @@ class Proxy:
             self.bytes_up += up
             self.bytes_down += down
 
-    def stall(self, client: socket.socket) -> None:
+    def stall(self, client: socket.socket, released: threading.Event) -> None:
         """Until :meth:`release`, or the client goes away."""
-        released = self._released
         while not released.wait(0.05):
             readable, _, _ = select.select([client], [], [], 0)
             if readable and not client.recv(1, socket.MSG_PEEK):
@@ -297,9 +297,11 @@ class _Stream:
 class _Exchange:
     """One request and its answer."""
 
-    def __init__(self, proxy: Proxy, client: _Stream, server: _Stream, request: Request, fault: Fault | None) -> None:
+    def __init__(
+        self, proxy: Proxy, client: _Stream, server: _Stream, request: Request, fault: Fault | None, released: threading.Event
+    ) -> None:
         self._proxy, self._client, self._server = proxy, client, server
-        self._request, self._fault = request, fault
+        self._request, self._fault, self._released = request, fault, released
         self._began = 0.0
 
     def run(self, head: bytes) -> bool:
@@ -414,7 +416,7 @@ class _Exchange:
 
     def _stop(self, fault: Fault) -> None:
         if fault.kind == "stall":
-            self._proxy.stall(self._client.connection)
+            self._proxy.stall(self._client.connection, self._released)
         raise _Broken
 
 
