@@ -585,6 +585,7 @@ class Artifact:
 
     def _publish_draft(self, opened: Session, draft: Draft) -> Version:
         self._contents.check_borrowed(opened)
+        draft = dataclasses.replace(draft, notes=opened.settings.state_dir / "arrived")
         if not self._incremental:
             return publish(opened.store, draft).version
         while True:

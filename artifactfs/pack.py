@@ -27,6 +27,8 @@ class PackWriter:
     """Collects contents into packs, written in the background. Threads may share one."""
 
     def __init__(self, objects: ObjectStore, target: int = PACK_TARGET) -> None:
+        self.written: Callable[[bytes], None] = lambda object: None
+        """Told, in another thread, of each pack that is durable."""
         self._objects = objects
         self._target = target
         self._lock = threading.Lock()
@@ -73,8 +75,13 @@ class PackWriter:
         self._buffer = bytearray()
 
     def _seal(self) -> None:
-        key, buffer = object_key(self._id), self._buffer
-        self._begin(lambda: self._objects.put(key, buffer))
+        object, buffer = self._id, self._buffer
+
+        def write() -> None:
+            self._objects.put(object_key(object), buffer)
+            self.written(object)
+
+        self._begin(write)
         self._start()
 
     def _begin(self, write: Callable[[], None]) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -30,6 +31,7 @@ from artifactfs.names import (
     check_type,
 )
 from artifactfs.objects import object_key
+from artifactfs.store.arrived import Arrived
 from artifactfs.store.native import NativeStore, encode_record, now
 from artifactfs.store.upload import Change, Folder, NewFile, NewRef, Progress, Report, Upload
 from artifactfs.tree import EMPTY, DirUpdate, Tree, forget_page
@@ -50,7 +52,7 @@ class Draft:
     None: no condition. ``base`` is the number of the version it was derived from, for the record. ``retry``: an earlier attempt
     at this commit may have made its version. ``stored`` are contents, by id, that were stored ahead of this commit and are there.
     ``expect_root``: fail with an IntegrityError unless the root directory has this digest. ``number``: the least that the version
-    may have.
+    may have. ``notes`` is a directory of this machine to note in what arrived at a remote store, for the next attempt.
     """
 
     name: ArtifactName
@@ -70,6 +72,7 @@ class Draft:
     stored: Mapping[bytes, File] = dataclasses.field(default_factory=dict)
     expect_root: bytes = b""
     number: int = 0
+    notes: Path | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -93,7 +96,9 @@ def publish(store: NativeStore, draft: Draft, report: Report | None = None) -> P
     kind, newest = _fitting(store, draft)
     encode_record(_version(draft, kind, 0, EMPTY, ""))  # what cannot be stored is refused before anything is
     store.ensure_format()
-    upload = Upload(store, newest, draft.algorithm, report, draft.stored)
+    arrived = None if draft.notes is None or store.local else Arrived(draft.notes, store, draft.name)
+    stored = {**(arrived.contents() if arrived else {}), **draft.stored}
+    upload = Upload(store, newest, draft.algorithm, report, stored, arrived)
     try:
         with _base_explained(store, draft):
             root = upload.build(draft.folder)
@@ -107,7 +112,10 @@ def publish(store: NativeStore, draft: Draft, report: Report | None = None) -> P
         upload.close()
     with _base_explained(store, draft):
         _keep_base(store, draft, root)
-    return _create(store, draft, root)
+    made = _create(store, draft, root)
+    if arrived is not None:
+        arrived.forget()
+    return made
 
 
 def build_digest(folder: Folder, tree: Tree, algorithm: str = BLAKE3) -> str:

@@ -126,6 +126,24 @@ def test_offline_serves_what_was_warmed_and_opens_no_socket(
     link.accept()
 
 
+def test_what_arrived_of_a_failed_commit_is_not_sent_again(
+    machines: tuple[Machine, Machine], tmp_path: Path, link: Proxy
+) -> None:
+    """Small files, that is, which lie in packs of 16 MiB."""
+    one, two = machines
+    source = write_files(tmp_path / "source", {f"{number:04}": os.urandom(40_000) for number in range(1300)})
+    one.afs("log", "acme/vision/first", write_files(tmp_path / "first", FILES), "--type", "dataset")
+    link.add(Fault("drop", method="PUT", path="/versions/", at=-1))
+    one.afs("log", NAME, source, "--type", "dataset", code=5)
+    link.clear()
+    sent = link.bytes_up
+    assert one.afs("log", NAME, source, "--type", "dataset") == f"{NAME}:v0"
+    assert link.bytes_up - sent < 4 << 20
+    assert [path for path in one.home.rglob("arrived/*") if path.is_file()] == []
+    two.afs("get", NAME, two.home / "got")
+    same(source, two.home / "got")
+
+
 def test_secrets_are_nowhere(machines: tuple[Machine, Machine], tmp_path: Path, bucket: Bucket, link: Proxy) -> None:
     """Neither in what is said, also of failures, nor in what is kept on disk or in the store."""
     one, _ = machines

@@ -83,6 +83,7 @@ def _draft(session: Session, name: str, paths: tuple[str, ...], options: dict[st
         tags=options["tags"],
         aliases=options["aliases"],
         ttl=ttl,
+        notes=session.settings.state_dir / "arrived",
     )
 
 

@@ -594,6 +594,7 @@ class Stage:
             expect_base=self._expected() if expect else None,
             retry=header.attempted,
             stored=refresh(self._ledger, self._store)[0],
+            notes=Path(self.path) / "arrived",
         )
         try:
             published = publish(self._store, draft, report)

@@ -72,6 +72,8 @@ class Storing:
         self._read = read
         self.written = 0
         """Bytes that were not stored before."""
+        self.packed: dict[bytes, list[File]] | None = None
+        """Small files by the pack that they were put into, where somebody asks for that."""
 
     def file(self, new: NewFile, prior: File | None) -> File:
         """A file of any size, as :meth:`patched`, :meth:`small` or :meth:`large`."""
@@ -86,6 +88,8 @@ class Storing:
         if known is None and data:
             known = self._stored[found.id] = File("", len(data), False, found.id, (self._packs.add(data),))
             self.written += len(data)
+            if self.packed is not None:
+                self.packed.setdefault(known.extents[0].object, []).append(known)
         self._read(1, len(data))
         return _placed(found, new.executable, known if data else None)
 

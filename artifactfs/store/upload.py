@@ -28,6 +28,7 @@ from artifactfs.errors import InvalidNameError
 from artifactfs.model import BLAKE3, Dir, Entry, File, Page, Ref, Symlink, Version, named
 from artifactfs.names import check_part
 from artifactfs.pack import PackWriter
+from artifactfs.store.arrived import Arrived
 from artifactfs.store.native import NativeStore
 from artifactfs.store.storing import NewFile, Storing, read_batch
 from artifactfs.tree import MAX_ENTRY_WEIGHT, DirUpdate, Tree, weight
@@ -118,8 +119,9 @@ class Upload:
         algorithm: str = BLAKE3,
         report: Report | None = None,
         stored: Mapping[bytes, File] | None = None,
+        arrived: Arrived | None = None,
     ) -> None:
-        """``stored``: contents by id that are stored already, though no version has them."""
+        """``stored``: contents by id that are stored already, though no version has them; ``arrived`` is told what will be."""
         self._store = store
         self._newest = newest.root if newest else None
         self._algorithm = algorithm
@@ -132,6 +134,9 @@ class Upload:
         self._index = Index(store.tree, self._newest)
         self._storing = Storing(store, self._contents, self._pool, _AHEAD, algorithm, self._stored, self._find, self._count)
         self._ahead = _Ahead(iter(()), self._pool, algorithm)
+        if arrived is not None:
+            packed = self._storing.packed = {}
+            self._contents.written = lambda object: arrived.add(object, packed.pop(object, []))
 
     def build(self, folder: Folder) -> Dir:
         """``folder`` as a stored directory named ""; not durable yet."""
