@@ -88,16 +88,17 @@ class Place:
         for name in ("store", "plain", "juice"):
             server.client().create_bucket(Bucket=name)
         bench.env.update(server.environment(link.url))
-        self._make_files()
+        self.make_files(11)
         self.names = sorted(str(path.relative_to(self.source)) for path in (self.source / "small").rglob("f*"))
         random.Random(5).shuffle(self.names)
 
-    def _make_files(self) -> None:
-        source = random.Random(11)
+    def make_files(self, seed: int) -> None:
+        """Always of the same names and sizes; of other bytes for another ``seed``."""
+        sizes, source = random.Random(11), random.Random(seed)
         for number in range(self.count):
             path = self.source / "small" / f"d{number // 100:02}" / f"f{number:04}"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(source.randbytes(source.randint(16 << 10, 64 << 10)))
+            path.write_bytes(source.randbytes(sizes.randint(16 << 10, 64 << 10)))
         with (self.source / "big.bin").open("wb") as file:
             for _ in range(self.size // MIB):
                 file.write(os.urandom(MIB))
@@ -257,9 +258,8 @@ def commit(bench: Bench, quick: bool) -> None:
     with _place(bench, quick, full=False) as place:
         pairs = []
         for number in range(1 if quick else 3):
+            place.make_files(100 + number)  # or large contents would be there already
             plain = seconds(place.put_plain)
-            shutil.rmtree(bench.work / "home", ignore_errors=True)
-            (bench.work / "home").mkdir()
             log = functools.partial(bench.run, "log", f"commit-{number}", str(place.source), "--type", "dataset")
             ours = seconds(log)
             pairs.append((ours, plain))
