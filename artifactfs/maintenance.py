@@ -42,7 +42,9 @@ _OBJECT = re.compile(r"(packs/[0-9a-f]{2}/[0-9a-f]{32}|blobs/[0-9a-f]{2}/[0-9a-f
 
 @dataclasses.dataclass(slots=True)
 class Collected:
-    """What ``gc`` did, or would do: versions that expired, distributed ones that nobody finished, objects and their bytes removed, objects still in use."""
+    """What ``gc`` did, or would do: versions that expired, distributed ones that nobody finished; objects and their bytes
+    removed, objects still in use, and those too young to judge.
+    """
 
     expired: list[str] = dataclasses.field(default_factory=list)
     abandoned: list[str] = dataclasses.field(default_factory=list)

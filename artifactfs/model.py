@@ -255,8 +255,8 @@ class Closing(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Distributed(msgspec.Struct, frozen=True, kw_only=True):
-    """A version that many processes add to, as ``distributed/<id>.json`` holds it. ``parts`` are those of the version that is open;
-    ``closing`` is one that a process is finishing, or died over. ``last`` is the newest version that came of it."""
+    """A version that many processes add to, as ``distributed/<id>.json`` holds it. ``parts`` are those of the version that is
+    open; ``closing`` is one that a process is finishing, or died over. ``last`` is the newest version that came of it."""
 
     id: str
     type: str

@@ -210,7 +210,7 @@ def _type(store: NativeStore, draft: Draft) -> str:
 def check_sequence(collection: Collection) -> None:
     """UsageError unless versions can be logged to the collection."""
     if collection.is_portfolio:
-        raise UsageError(f"{collection.path} is a portfolio of links, to which nothing is logged; log elsewhere and link it there")
+        raise UsageError(f"{collection.path} is a portfolio of links, nothing is logged to it; log elsewhere and link that")
 
 
 def _check_expected(draft: Draft, newest: Version | None) -> None:

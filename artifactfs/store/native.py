@@ -331,7 +331,7 @@ class NativeStore:
         if not collection.is_portfolio:
             held = sorted(set(collection.aliases) - {LATEST})
             if held and not delete_aliases:
-                raise ConflictError(f"{name.path} has versions with the aliases {', '.join(held)}; delete them too, or not at all")
+                raise ConflictError(f"{name.path} has versions with the aliases {', '.join(held)}; pass delete_aliases=True")
             for version in self.versions(name):
                 with contextlib.suppress(NotFoundError):  # by somebody else, a moment ago
                     self.delete_version(name.at(version.name), delete_aliases=True)
@@ -364,16 +364,27 @@ class NativeStore:
             known = collection if collection is not None else _new_portfolio(target, source, stored, description)
             _check_takes(known, source)
             changed, number = _with_link(known, source, aliases, run)
-            if stored is not None and changed == stored.record or self._swap(key, changed, stored):
+            if (stored is not None and changed == stored.record) or self._swap(key, changed, stored):
                 break
-        if self.newest(target) is not None:  # versions were logged to that name at the same moment
-            self._update_collection(target, lambda it: msgspec.structs.replace(it, kind="SEQUENCE", links={}, aliases={}))
+        newest = self.newest(target) if collection is None else None
+        if newest is not None:  # a version was logged to that name at the same moment
+            self._give_way(target, newest.number)
             raise ConflictError(f"{target.path} has just become a collection of versions; link to another name")
         made = self._linked(changed, number)
         if made.state != "COMMITTED":
             self._forget_source(target, source)
             raise NotFoundError(f"{source.qualified_name} was deleted meanwhile, so it is not linked")
         return made
+
+    def _give_way(self, name: ArtifactName, newest: int) -> None:
+        """Turn a portfolio that was made beside a version of that name into the collection of that."""
+
+        def change(collection: Collection) -> Collection:
+            if not collection.is_portfolio:
+                return collection
+            return msgspec.structs.replace(collection, kind="SEQUENCE", links={}, aliases={LATEST: newest})
+
+        self._update_collection(name, change)
 
     def unlink(self, name: ArtifactName) -> LinkedVersion:
         """Take a link out of its portfolio, with its aliases there; returns it as it was. UsageError if it is none."""
@@ -479,9 +490,7 @@ class NativeStore:
         except NotFoundError:
             return None
 
-    def update_distributed(
-        self, name: ArtifactName, id: str, change: Callable[[Distributed | None], Distributed]
-    ) -> Distributed:
+    def update_distributed(self, name: ArtifactName, id: str, change: Callable[[Distributed | None], Distributed]) -> Distributed:
         """Apply ``change`` atomically: it is called again with the newest state if another write came first."""
         key = _distributed_key(name, id)
         while True:
