@@ -218,13 +218,18 @@ class NativeStore:
 
     def any_version(self, name: ArtifactName, number: int) -> Version:
         """The version of that number, deleted or not. NotFoundError."""
-        try:
-            return self._version(name, number).record
-        except NotFoundError:
-            collection = self.collection(name)
-            if collection.is_portfolio and number in collection.links:
-                return self._linked(collection, number)
-            raise NotFoundError(f"{name.path} has no version v{number}") from None
+        version = None
+        with contextlib.suppress(NotFoundError):
+            version = self._version(name, number).record
+        if version is not None and version.state == "COMMITTED":
+            return version
+        collection = self._collection(name)[0]
+        if collection is not None and collection.is_portfolio and number in collection.links:
+            return self._linked(collection, number)
+        if version is None:
+            self.collection(name)
+            raise NotFoundError(f"{name.path} has no version v{number}")
+        return version
 
     def newest(self, name: ArtifactName, without: int | None = None) -> Version | None:
         """The committed version of the highest number (but ``without``) that can be read, or None."""
@@ -361,7 +366,11 @@ class NativeStore:
         key = f"{_folder(target)}/collection.json"
         while True:
             collection, stored = self._collection(target)
-            known = collection if collection is not None else _new_portfolio(target, source, stored, description)
+            known = collection
+            if known is None:
+                numbers = self.numbers(target)  # of versions that were deleted
+                least = max(numbers[-1] + 1 if numbers else 0, stored.record.next_link if stored else 0)
+                known = _new_portfolio(target, source, least, description)
             _check_takes(known, source)
             changed, number = _with_link(known, source, aliases, run)
             if (stored is not None and changed == stored.record) or self._swap(key, changed, stored):
@@ -837,9 +846,7 @@ def _with_unknown(
     return {**{key: value for key, value in old.items() if key not in known}, **ours}
 
 
-def _new_portfolio(
-    name: ArtifactName, source: Version, deleted: _Stored[Collection] | None, description: str | None
-) -> Collection:
+def _new_portfolio(name: ArtifactName, source: Version, number: int, description: str | None) -> Collection:
     return Collection(
         entity=name.entity,
         project=name.project,
@@ -847,7 +854,7 @@ def _new_portfolio(
         type=source.type,
         description=description,
         kind="PORTFOLIO",
-        next_link=deleted.record.next_link if deleted else 0,
+        next_link=number,
         created_at=now(),
         updated_at=now(),
     )
