@@ -216,13 +216,13 @@ def test_a_name_that_becomes_both_at_one_moment(store: NativeStore, monkeypatch:
     with pytest.raises(ConflictError, match="become a portfolio"):
         publish(store, Draft(name=target, type="dataset", folder=MadeFolder({}), commit="c"))
     assert store.collection(target).is_portfolio and store.version(target.at("v0")).origin == source
-    monkeypatch.undo()
+    monkeypatch.setattr(store, "create_version", create)
 
     name = parse("acme/vision/other")
     swap = store._swap
 
     def log_first(key: str, record: Any, stored: Any) -> bool:
-        monkeypatch.undo()
+        monkeypatch.setattr(store, "_swap", swap)
         publish(store, Draft(name=name, type="dataset", folder=MadeFolder({}), commit="d"))
         store.objects.delete("catalog/acme/vision/other/collection.json")  # the commit has not come to that
         return swap(key, record, stored)
