@@ -39,6 +39,7 @@ import msgspec
 from blake3 import blake3
 from cachetools import LRUCache
 
+from artifactfs.attempts import Races
 from artifactfs.cache import BlockCache
 from artifactfs.cache.records import Records
 from artifactfs.content import DIGEST_SIZE, MAX_CONTENT, CheckedBlocks, check_block_list
@@ -265,7 +266,9 @@ class NativeStore:
         return self._update_collection(name, checked)
 
     def _update_collection(self, name: ArtifactName, change: Callable[[Collection], Collection]) -> Collection:
+        races = Races()
         while True:
+            races.enter()
             collection, stored = self._collection(name)
             if collection is None:
                 self.collection(name)
@@ -281,7 +284,9 @@ class NativeStore:
         found = self.version(name)
         source = found.origin
         name = ArtifactName(source.entity, source.project, source.collection)
+        races = Races()
         while True:
+            races.enter()
             stored = self._version(name, source.number)
             changed = change(stored.record)
             if changed != stored.record:
@@ -364,7 +369,9 @@ class NativeStore:
         self.ensure_format()
         self.objects.swap(_linked_mark(source, target), msgspec.json.encode({"collection": target.path, "at": now()}), ABSENT)
         key = f"{_folder(target)}/collection.json"
+        races = Races()
         while True:
+            races.enter()
             collection, stored = self._collection(target)
             known = collection
             if known is None:
@@ -475,7 +482,9 @@ class NativeStore:
         """Apply ``change`` atomically, as :meth:`update_collection` does."""
         check_entity(entity)
         self.ensure_format()
+        races = Races()
         while True:
+            races.enter()
             try:
                 stored = self._get(_entity_key(entity), EntitySettings)
             except NotFoundError:
@@ -502,7 +511,9 @@ class NativeStore:
     def update_distributed(self, name: ArtifactName, id: str, change: Callable[[Distributed | None], Distributed]) -> Distributed:
         """Apply ``change`` atomically: it is called again with the newest state if another write came first."""
         key = _distributed_key(name, id)
+        races = Races()
         while True:
+            races.enter()
             try:
                 stored = self._get(key, Distributed)
             except NotFoundError:
@@ -554,7 +565,9 @@ class NativeStore:
     def save_run(self, run: Run) -> None:
         self.ensure_format()
         key = _run_key(run.entity, run.project, run.id)
+        races = Races()
         while True:
+            races.enter()
             merged, stored = run, None
             with contextlib.suppress(NotFoundError):
                 stored = self._get(key, Run)
