@@ -256,10 +256,13 @@ def svg(graph: Graph) -> Iterator[str]:
 
 
 def _columns(graph: Graph) -> list[list[str]]:
-    """The names by column: each node right of all that it comes from; what goes round in a circle stands where it was met."""
+    """The names by column: each node right of all that it comes from, but for a run, which stands left of what it logged even
+    if it used that, too; what else goes round in a circle stands where it was met."""
     sources: dict[str, list[str]] = {name: [] for name in graph.nodes}
+    logged = {(edge.source, edge.target) for edge in graph.edges if edge.what == "logged"}
     for edge in graph.edges:
-        sources[edge.target].append(edge.source)
+        if edge.what != "used" or (edge.target, edge.source) not in logged:
+            sources[edge.target].append(edge.source)
     ranks: dict[str, int] = {}
     for start in graph.nodes:
         stack: list[tuple[str, Iterator[str]]] = [(start, iter(sources[start]))] if start not in ranks else []

@@ -141,7 +141,7 @@ def _do(artifact: Any, what: str, path: str, content: bytes, local: Path, at: in
         elif what == "tmp":
             artifact.add_file(str(local), name=path, is_tmp=True)
         elif what == "new":
-            with artifact.new_file(path, mode="xb" if at % 2 else "wb") as file:
+            with artifact.new_file(path, mode="wb") as file:
                 file.write(content)
         elif what == "reference":
             artifact.add_reference(local.as_uri() if at % 2 else f"other://host/{content.decode()}", name=path)
@@ -150,6 +150,19 @@ def _do(artifact: Any, what: str, path: str, content: bytes, local: Path, at: in
     except (ValueError, FileNotFoundError) as error:
         return "missing" if isinstance(error, FileNotFoundError) else "refused"
     return ""
+
+
+def test_a_new_file_is_new() -> None:
+    for artifact in both("MD5"):
+        with artifact.new_file("a") as file:
+            file.write("x")
+        with pytest.raises(ValueError, match="already exists"), artifact.new_file("a"):
+            pass
+        with pytest.raises(RuntimeError), artifact.new_file("b"):
+            raise RuntimeError
+        with artifact.new_file("a", "w", encoding="utf-16") as file:
+            file.write("é")
+        assert list(artifact.manifest.entries) == ["a"] and artifact.manifest.entries["a"].size == 4
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
