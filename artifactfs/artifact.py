@@ -169,6 +169,7 @@ class Artifact:
 
     @property
     def entity(self) -> str:
+        """Of the collection it was fetched through, as are :attr:`project` and :attr:`version`."""
         return self._need("entity").version.entity
 
     @property
@@ -200,6 +201,7 @@ class Artifact:
 
     @property
     def source_entity(self) -> str:
+        """Where it was logged, which for a link is another place, as for all of ``source_…``."""
         return self._need("source_entity").version.origin.entity
 
     @property
@@ -214,10 +216,12 @@ class Artifact:
 
     @property
     def source_qualified_name(self) -> str:
+        """``entity/project/collection:v3`` where it was logged."""
         return self._need("source_qualified_name").version.origin.qualified_name
 
     @property
     def source_version(self) -> str:
+        """``v3`` in the collection it was logged to."""
         return self._need("source_version").version.origin.name
 
     @property

@@ -231,6 +231,7 @@ class ArtifactManifest:
         return self._holding.totals()[0]
 
     def get_entry_by_path(self, path: str) -> ArtifactManifestEntry | None:
+        """The entry at a path, None if there is none."""
         return self.entries.get(path)
 
     def get_entries_in_directory(self, directory: str) -> list[ArtifactManifestEntry]:

@@ -1,4 +1,4 @@
-"""``docs/api.md`` is made from the code: every public property and method, with its signature and errors; nothing of W&B's misses.
+"""``docs/api.md`` is made from the code: every public property and method with its signature and errors; nothing of W&B's misses.
 
 ``python tests/test_api_docs.py`` writes the page anew.
 """
@@ -184,8 +184,9 @@ CLASSES: list[tuple[type, str]] = [
 
 _HEAD = """# The Python API
 
-This page is made from the code by `python tests/test_api_docs.py`; a test fails when it is not up to date, and when anything of W&B's
-`Artifact` is missing or takes other arguments. What differs from W&B's client in behaviour is in [differences.md](differences.md).
+This page is made from the code by `python tests/test_api_docs.py`; a test fails when it is not up to date, and when anything of
+W&B's `Artifact` is missing or takes other arguments. What differs from W&B's client in behaviour is in
+[differences.md](differences.md).
 
 Errors: every one is an `ArtifactFSError`. `UsageError` and `InvalidNameError` are a `ValueError`, `VerifyError` too, `ArtifactStatusError` with its two
 kinds an `AttributeError`, `WaitTimeoutError` a `TimeoutError`. *Errors* names what a member raises for what a caller did; any of them that
@@ -201,7 +202,7 @@ def members(kind: type) -> Iterator[tuple[str, Any]]:
     if inspect.isfunction(own) and own.__code__.co_filename.endswith(".py"):  # not one that dataclasses made
         yield "__init__", kind.__dict__["__init__"]
     for name, value in kind.__dict__.items():
-        shown = not name.startswith("_") or name in MEDIA
+        shown = not name.startswith("_") or (name in MEDIA and kind is afs.Artifact)
         if shown and isinstance(value, (property, types.FunctionType, functools.cached_property, types.MemberDescriptorType)):
             yield name, value
 
@@ -242,7 +243,8 @@ def raised(value: Any) -> list[str]:
 
 
 def what(value: Any) -> str:
-    return " ".join((inspect.getdoc(value) or "").split("\n\n")[0].split())
+    text = " ".join((inspect.getdoc(value) or "").split("\n\n")[0].split())
+    return re.sub(r":\w+:`([^`]*)`", r"`\1`", text).replace("``", "`")
 
 
 def page() -> str:
@@ -261,7 +263,7 @@ def page() -> str:
             parameters=[p.replace(annotation=inspect.Parameter.empty) for p in found.parameters.values()],
             return_annotation=inspect.Signature.empty,
         )
-        parts.append(f"| `{name}{bare}` | {what(function)} |\n".replace("\\", ""))
+        parts.append(f"| `{name}{bare}` | {what(function)} |\n")
     return "".join(parts)
 
 
