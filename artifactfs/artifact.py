@@ -948,6 +948,7 @@ class ArtifactCollection:
             raise UsageError(f"{self._seen.path} is a portfolio: its type is that of what is linked into it")
         check_type(self._type, self.name)
         self._type = check_type(new_type, self.name)
+        self._seen_type = ""  # its versions are looked at, also where a save() before this died over them
 
     @property
     def created_at(self) -> str:

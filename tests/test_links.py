@@ -13,6 +13,7 @@ from programs import Program
 
 import artifactfs as afs
 from artifactfs.artifact import Artifact
+from artifactfs.copying import copy
 from artifactfs.errors import CommError, ConflictError, IntegrityError, NotFoundError, UsageError
 from artifactfs.folders import MadeFolder
 from artifactfs.maintenance import fsck, gc
@@ -20,6 +21,7 @@ from artifactfs.model import LinkedVersion
 from artifactfs.names import parse
 from artifactfs.publish import Draft, publish
 from artifactfs.store.native import NativeStore, encode_record
+from artifactfs.store.urls import open_store
 
 pytestmark = pytest.mark.usefixtures("store")
 
@@ -314,6 +316,28 @@ def test_a_collections_description_tags_and_type(store: NativeStore) -> None:
         collection.change_type("dataset")
     assert afs.Api().artifact("bikes:v0").type == "dataset"
     assert list(fsck(store)) == []
+
+
+def test_a_change_of_type_that_died_is_mended(store: NativeStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    log("one")
+    collection = afs.Api().artifact_collection("dataset", "bikes")
+    collection.type = "model"
+    with monkeypatch.context() as patched, pytest.raises(OSError):
+        patched.setattr(store, "update_version", lambda name, change: (_ for _ in ()).throw(OSError("gone")))
+        collection.save()
+    again = afs.Api().artifact_collection("model", "bikes")
+    again.type = "model"
+    again.save()
+    assert afs.Api().artifact("bikes:v0").type == "model"
+
+
+def test_a_portfolio_is_copied_as_the_versions_it_links_to(store: NativeStore, tmp_path: Path) -> None:
+    log("one").link("approved", aliases=["p"])
+    target = open_store(str(tmp_path / "other"))
+    copy(store, target, parse("acme/vision/approved"))
+    collection = target.collection(parse("acme/vision/approved"))
+    assert not collection.is_portfolio and collection.aliases == {"latest": 0, "p": 0}
+    assert target.version(parse("acme/vision/approved:p")).digest == store.version(parse("acme/vision/bikes")).digest
 
 
 def test_a_portfolios_type_is_that_of_its_links() -> None:
