@@ -27,7 +27,7 @@ from artifactfs.draft import (
 )
 from artifactfs.errors import IntegrityError, NotFoundError, UsageError, from_os_error
 from artifactfs.manifest import ArtifactManifestEntry, Stored, VersionHolding, digest_of, no_such_entry, version_name
-from artifactfs.model import MD5, Dir, File, Page, is_executable
+from artifactfs.model import MD5, XXH128, Dir, File, Page, is_executable
 from artifactfs.names import ArtifactName, entry_path, parse
 from artifactfs.publish import NewRef
 from artifactfs.references import expand
@@ -57,7 +57,7 @@ class Contents:
         check_regular(local)
         path = entry_path(name or os.path.basename(local))
         if is_tmp:
-            path = _content_name(path, local)
+            path = _content_name(path, local, self._algorithm)
         self._check_path(path, local, overwrite)
         leaf = self._taker(policy, skip_cache)(local)
         self.tree.put(path, leaf)
@@ -113,7 +113,8 @@ class Contents:
             if len(added) > max_objects:
                 raise UsageError(f"{uri} has more than {max_objects} entries; pass a larger max_objects")
         else:
-            items = expand(str(uri), name, checksum=checksum, max_objects=max_objects, algorithm=self._algorithm)
+            algorithm = MD5 if self._algorithm == XXH128 else self._algorithm  # as with W&B: references have no XXH128
+            items = expand(str(uri), name, checksum=checksum, max_objects=max_objects, algorithm=algorithm)
             added = [(item.path, NewRef(item.ref, item.block_list)) for item in items]
         for path, leaf in added:
             self.tree.check_free(path)
@@ -134,7 +135,7 @@ class Contents:
     def check_borrowed(self, opened: Session) -> None:
         """NotFoundError unless what was taken from other versions is still there: of a deleted one it may have been collected."""
         for source in self._borrowed:
-            version = source.version
+            version = source.version.origin
             name = ArtifactName(version.entity, version.project, version.collection)
             if opened.store.any_version(name, version.number).state != "COMMITTED":
                 raise NotFoundError(f"{version.qualified_name} was deleted after an entry of it was added to this artifact")
@@ -245,11 +246,12 @@ def _check_mode(mode: str) -> None:
         raise UsageError(f"mode {mode!r} cannot write a new file; use 'x' or 'w', with 'b' for bytes")
 
 
-def _content_name(path: str, local: str) -> str:
-    """``path`` with what is before the first dot of its last part replaced by 20 hex digits of the file's MD5."""
+def _content_name(path: str, local: str, algorithm: str) -> str:
+    """``path`` with what is before the first dot of its last part replaced by 20 hex digits of the file's digest: XXH128 where
+    digests are, else MD5."""
     folder, slash, base = path.rpartition("/")
     dot = base.find(".")
-    checksum = _original(local, MD5).fingerprint().checksum
+    checksum = _original(local, XXH128 if algorithm == XXH128 else MD5).fingerprint().checksum
     digits = base64.standard_b64decode(checksum).hex()[:20]
     return f"{folder}{slash}{digits}{base[dot:] if dot >= 0 else ''}"
 
