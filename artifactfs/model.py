@@ -122,7 +122,8 @@ class Version(msgspec.Struct, frozen=True, kw_only=True):
 
     ``root`` is its tree. ``commit`` is the id of the attempt that made it, so that a repeated attempt recognises its own.
     Only ``state``, ``description``, ``metadata``, ``tags``, ``ttl``, ``updated_at`` and ``deleted_at`` ever change.
-    Times are ISO 8601 UTC with microseconds and a ``Z``; ``ttl`` is seconds, None for none.
+    Times are ISO 8601 UTC with microseconds and a ``Z``; ``ttl`` is seconds, None for none. ``semver`` is the semantic version
+    it was given, "" for none (``store/semvers.py``).
     """
 
     entity: str
@@ -146,6 +147,7 @@ class Version(msgspec.Struct, frozen=True, kw_only=True):
     created_at: str
     updated_at: str
     deleted_at: str = ""
+    semver: str = ""
 
     @property
     def name(self) -> str:
@@ -159,7 +161,8 @@ class Version(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Collection(msgspec.Struct, frozen=True, kw_only=True):
-    """One collection, as ``collection.json`` holds it; ``aliases`` maps each alias to a version number."""
+    """One collection, as ``collection.json`` holds it; ``aliases`` maps each alias to a version number, and ``semver`` each
+    semantic version, for good."""
 
     entity: str
     project: str
@@ -168,6 +171,7 @@ class Collection(msgspec.Struct, frozen=True, kw_only=True):
     description: str | None = None
     tags: list[str] = []
     aliases: dict[str, Count] = {}
+    semver: dict[str, Count] = {}
     created_at: str
     updated_at: str
 

@@ -30,7 +30,9 @@ from artifactfs.names import (
     check_type,
 )
 from artifactfs.objects import object_key
+from artifactfs.semver import SemVer
 from artifactfs.store.native import NativeStore, encode_record, now
+from artifactfs.store.semvers import NEXT, semvers
 from artifactfs.store.upload import Change, Folder, NewFile, NewRef, Progress, Report, Upload
 from artifactfs.tree import EMPTY, DirUpdate, Tree, forget_page
 
@@ -50,7 +52,8 @@ class Draft:
     None: no condition. ``base`` is the number of the version it was derived from, for the record. ``retry``: an earlier attempt
     at this commit may have made its version. ``stored`` are contents, by id, that were stored ahead of this commit and are there.
     ``expect_root``: fail with an IntegrityError unless the root directory has this digest. ``number``: the least that the version
-    may have.
+    may have. ``semver``: the semantic version to give it, :data:`~artifactfs.store.semvers.NEXT` for the next one, "" for none
+    unless the collection's versions have them. ``always``: make a version also where nothing had changed.
     """
 
     name: ArtifactName
@@ -70,6 +73,8 @@ class Draft:
     stored: Mapping[bytes, File] = dataclasses.field(default_factory=dict)
     expect_root: bytes = b""
     number: int = 0
+    semver: str = ""
+    always: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -90,8 +95,9 @@ def publish(store: NativeStore, draft: Draft, report: Report | None = None) -> P
     own = _own(store, draft) if draft.retry else None
     if own is not None:
         return Published(_point_aliases(store, draft, own), True)
-    kind, newest = _fitting(store, draft)
-    encode_record(_version(draft, kind, 0, EMPTY, ""))  # what cannot be stored is refused before anything is
+    known, newest = _fitting(store, draft)
+    _semver(store, draft, known, store.numbers(draft.name) if draft.semver not in ("", NEXT) else [])
+    encode_record(_version(draft, _type(draft, known), 0, EMPTY, "", ""))  # what cannot be stored is refused before anything is
     store.ensure_format()
     upload = Upload(store, newest, draft.algorithm, report, draft.stored)
     try:
@@ -140,6 +146,8 @@ def _checked(draft: Draft) -> Draft:
     for alias in draft.aliases:
         if alias != LATEST:
             check_new_alias(alias)
+    if draft.semver not in ("", NEXT):
+        SemVer.parse(draft.semver)
     if draft.type:
         check_type(draft.type, draft.name.collection)
     if draft.ttl is not None and not 0 < draft.ttl <= MAX_TTL:
@@ -169,25 +177,33 @@ def _all_versions(store: NativeStore, name: ArtifactName) -> list[Version]:
         return []
 
 
-def _fitting(store: NativeStore, draft: Draft) -> tuple[str, Version | None]:
-    """The type of the new version and the newest one that there is, if the draft fits to both."""
+def _fitting(store: NativeStore, draft: Draft) -> tuple[Collection | None, Version | None]:
+    """The collection and its newest version, where there are any, if the draft fits to both."""
     newest = store.newest(draft.name)
-    kind = _type(store, draft)
-    _check_expected(draft, newest)
-    return kind, newest
-
-
-def _type(store: NativeStore, draft: Draft) -> str:
-    """The type of the new version: the collection's."""
     try:
-        known = store.collection(draft.name).type
+        known = store.collection(draft.name)
     except NotFoundError:
+        known = None
+    _type(draft, known)
+    _check_expected(draft, newest)
+    return known, newest
+
+
+def _type(draft: Draft, known: Collection | None) -> str:
+    """The type of the new version: the collection's."""
+    if known is None:
         return draft.type or DEFAULT_TYPE
-    if draft.type and draft.type != known:
+    if draft.type and draft.type != known.type:
         raise UsageError(
-            f"{draft.name.path} already exists with type {known!r}, not {draft.type!r}; use that type or another name"
+            f"{draft.name.path} already exists with type {known.type!r}, not {draft.type!r}; use that type or another name"
         )
-    return known
+    return known.type
+
+
+def _semver(store: NativeStore, draft: Draft, known: Collection | None, numbers: Sequence[int]) -> tuple[str, Mapping[str, int]]:
+    """The semantic version of the new version, and those that the index of its collection should have. ConflictError."""
+    found = semvers(store, draft.name, known.semver if known else {}, numbers)
+    return found.choose(draft.semver, draft.name, known.aliases if known else {}), found.given
 
 
 def _check_expected(draft: Draft, newest: Version | None) -> None:
@@ -202,7 +218,7 @@ def _check_expected(draft: Draft, newest: Version | None) -> None:
 
 def _unchanged(store: NativeStore, draft: Draft, newest: Version | None, root: Dir) -> Published | None:
     """The newest version as the result, if its tree is ``root`` and nobody deletes it meanwhile."""
-    if newest is None or newest.root.digest != root.digest:
+    if draft.always or newest is None or newest.root.digest != root.digest:
         return None
     try:
         return Published(_point_aliases(store, draft, newest), False)
@@ -258,16 +274,18 @@ def _create(store: NativeStore, draft: Draft, root: Dir) -> Published:
         # The numbers first: whoever commits after that takes the number that is tried here. So what is checked below against
         # the newest version still holds at the moment at which this one comes into being.
         numbers = store.numbers(draft.name)
-        kind, newest = _fitting(store, draft)
+        known, newest = _fitting(store, draft)
         unchanged = _unchanged(store, draft, newest, root)
         if unchanged is not None:
             return unchanged
-        version = _version(draft, kind, max(draft.number, numbers[-1] + 1 if numbers else 0), root, digest)
+        semver, given = _semver(store, draft, known, numbers)
+        number = max(draft.number, numbers[-1] + 1 if numbers else 0)
+        version = _version(draft, _type(draft, known), number, root, digest, semver)
         if store.create_version(version):
-            return Published(_point_aliases(store, draft, version), True)
+            return Published(_point_aliases(store, draft, version, given), True)
 
 
-def _version(draft: Draft, kind: str, number: int, root: Dir, digest: str) -> Version:
+def _version(draft: Draft, kind: str, number: int, root: Dir, digest: str, semver: str) -> Version:
     time = now()
     return Version(
         entity=draft.name.entity,
@@ -289,18 +307,20 @@ def _version(draft: Draft, kind: str, number: int, root: Dir, digest: str) -> Ve
         base=draft.base,
         created_at=time,
         updated_at=time,
+        semver=semver,
     )
 
 
-def _point_aliases(store: NativeStore, draft: Draft, version: Version) -> Version:
+def _point_aliases(store: NativeStore, draft: Draft, version: Version, given: Mapping[str, int] | None = None) -> Version:
     """Let the draft's aliases, and ``latest`` unless a newer version has it, point to ``version``. NotFoundError if that was
-    deleted meanwhile."""
+    deleted meanwhile. ``given``: semantic versions that the index may miss."""
+    own = {version.semver: version.number} if version.semver else {}
 
     def point(collection: Collection) -> Collection:
         aliases = dict(collection.aliases)
         aliases.update(dict.fromkeys(draft.aliases, version.number))
         aliases[LATEST] = max(version.number, collection.aliases.get(LATEST, -1))
-        return msgspec.structs.replace(collection, aliases=aliases)
+        return msgspec.structs.replace(collection, aliases=aliases, semver={**(given or {}), **collection.semver, **own})
 
     store.update_collection(draft.name, point)
     return version

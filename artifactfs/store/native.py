@@ -41,9 +41,11 @@ from artifactfs.names import LATEST, ArtifactName, check_alias, check_collection
 from artifactfs.objects import ABSENT, MAX_RECORD, ObjectStore, object_key, stream
 from artifactfs.packed import PackedContents, Small
 from artifactfs.references import DEADLINE
+from artifactfs.semver import is_semver
 from artifactfs.store import LocalContent
 from artifactfs.store.contents import ExtentSource, LocalExtents
 from artifactfs.store.remembered import RememberedObjects
+from artifactfs.store.semvers import semvers
 from artifactfs.tree import PageOrder, Tree
 from artifactfs.waiting import Budget
 
@@ -155,7 +157,7 @@ class NativeStore:
         number = version_number(alias)
         if number is None:
             collection = self.collection(name)
-            number = collection.aliases.get(alias)
+            number = self._named(name, collection, alias)
             if number is None:
                 known = ", ".join(sorted(collection.aliases)) or "none"
                 raise NotFoundError(f"{name.path} has no alias {alias!r}; its aliases are: {known}")
@@ -167,6 +169,13 @@ class NativeStore:
         if version.state != "COMMITTED":
             raise NotFoundError(f"{version.qualified_name} was deleted on {version.deleted_at[:10]}")
         return version
+
+    def _named(self, name: ArtifactName, collection: Collection, alias: str) -> int | None:
+        """The number that a semantic version or an alias stands for."""
+        number = collection.semver.get(alias, collection.aliases.get(alias))
+        if number is None and is_semver(alias):
+            number = semvers(self, name, collection.semver, self.numbers(name)).find(alias)
+        return number
 
     def numbers(self, name: ArtifactName) -> list[int]:
         """The numbers of all versions there ever were, deleted ones too, ascending; empty for no collection."""
@@ -207,6 +216,11 @@ class NativeStore:
             changed = change(collection)
             for number in {number for alias, number in changed.aliases.items() if collection.aliases.get(alias) != number}:
                 self.version(name.at(f"v{number}"))
+            for alias in changed.aliases.keys() - collection.aliases.keys():
+                if alias in collection.semver:
+                    raise ConflictError(
+                        f"{name.path}:{alias} is the semantic version of v{collection.semver[alias]}; choose another alias"
+                    )
             return changed
 
         return self._update_collection(name, checked)
