@@ -62,9 +62,9 @@ def copy(source: NativeStore, target: NativeStore, name: ArtifactName, report: R
     """Copy the version that ``name``'s alias names, or all versions of the collection where it has none, in order.
 
     A version keeps its number, or gets the next one free in the target where that is higher; its semantic version likewise. Its
-    aliases (which move from other versions there), description, metadata, tags and TTL come with it; the collection's description and tags, where the target's
-    has none. NotFoundError for what is not in ``source``; UsageError for another type of the target's collection, and for one and
-    the same store.
+    aliases (which move from other versions there), description, metadata, tags and TTL come with it; the collection's
+    description and tags, where the target's has none. NotFoundError for what is not in ``source``; UsageError for another type
+    of the target's collection, and for one and the same store.
     """
     if source.url == target.url:
         raise UsageError(f"{target.url} is the store that {name.path} is copied from; name another one with --to")

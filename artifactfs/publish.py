@@ -52,8 +52,10 @@ class Draft:
     None: no condition. ``base`` is the number of the version it was derived from, for the record. ``retry``: an earlier attempt
     at this commit may have made its version. ``stored`` are contents, by id, that were stored ahead of this commit and are there.
     ``expect_root``: fail with an IntegrityError unless the root directory has this digest. ``number``: the least that the version
-    may have. ``semver``: the semantic version to give it, :data:`~artifactfs.store.semvers.NEXT` for the next one, "" for none
-    unless the collection's versions have them. ``always``: make a version also where nothing had changed.
+    may have.
+
+    ``semver``: the semantic version to give it, :data:`~artifactfs.store.semvers.NEXT` for the next one, "" for none unless the
+    collection's versions have them. ``always``: make a version also where nothing had changed.
     """
 
     name: ArtifactName
@@ -95,9 +97,9 @@ def publish(store: NativeStore, draft: Draft, report: Report | None = None) -> P
     own = _own(store, draft) if draft.retry else None
     if own is not None:
         return Published(_point_aliases(store, draft, own), True)
-    known, newest = _fitting(store, draft)
-    _semver(store, draft, known, store.numbers(draft.name) if draft.semver not in ("", NEXT) else [])
-    encode_record(_version(draft, _type(draft, known), 0, EMPTY, "", ""))  # what cannot be stored is refused before anything is
+    kind, newest = _fitting(store, draft)
+    semver = _semver(store, draft, newest, store.numbers(draft.name) if draft.semver else [])
+    encode_record(_version(draft, kind, 0, EMPTY, "", semver))  # what cannot be stored is refused before anything is
     store.ensure_format()
     upload = Upload(store, newest, draft.algorithm, report, draft.stored)
     try:
@@ -177,33 +179,39 @@ def _all_versions(store: NativeStore, name: ArtifactName) -> list[Version]:
         return []
 
 
-def _fitting(store: NativeStore, draft: Draft) -> tuple[Collection | None, Version | None]:
-    """The collection and its newest version, where there are any, if the draft fits to both."""
+def _fitting(store: NativeStore, draft: Draft) -> tuple[str, Version | None]:
+    """The type of the new version and the newest one that there is, if the draft fits to both."""
     newest = store.newest(draft.name)
+    kind = _type(store, draft)
+    _check_expected(draft, newest)
+    return kind, newest
+
+
+def _type(store: NativeStore, draft: Draft) -> str:
+    """The type of the new version: the collection's."""
+    try:
+        known = store.collection(draft.name).type
+    except NotFoundError:
+        return draft.type or DEFAULT_TYPE
+    if draft.type and draft.type != known:
+        raise UsageError(
+            f"{draft.name.path} already exists with type {known!r}, not {draft.type!r}; use that type or another name"
+        )
+    return known
+
+
+def _semver(store: NativeStore, draft: Draft, newest: Version | None, numbers: Sequence[int]) -> str:
+    """The semantic version of a new version after those of ``numbers``. ConflictError for one, or an alias, that is taken."""
+    if not draft.semver and not (newest and newest.semver):
+        return ""
     try:
         known = store.collection(draft.name)
     except NotFoundError:
-        known = None
-    _type(draft, known)
-    _check_expected(draft, newest)
-    return known, newest
-
-
-def _type(draft: Draft, known: Collection | None) -> str:
-    """The type of the new version: the collection's."""
-    if known is None:
-        return draft.type or DEFAULT_TYPE
-    if draft.type and draft.type != known.type:
-        raise UsageError(
-            f"{draft.name.path} already exists with type {known.type!r}, not {draft.type!r}; use that type or another name"
-        )
-    return known.type
-
-
-def _semver(store: NativeStore, draft: Draft, known: Collection | None, numbers: Sequence[int]) -> tuple[str, Mapping[str, int]]:
-    """The semantic version of the new version, and those that the index of its collection should have. ConflictError."""
-    found = semvers(store, draft.name, known.semver if known else {}, numbers)
-    return found.choose(draft.semver, draft.name, known.aliases if known else {}), found.given
+        return semvers(store, draft.name, {}, numbers).choose(draft.semver, draft.name, {})
+    found = semvers(store, draft.name, known.semver, numbers)
+    for alias in draft.aliases:
+        found.check_alias(alias, draft.name)
+    return found.choose(draft.semver, draft.name, known.aliases)
 
 
 def _check_expected(draft: Draft, newest: Version | None) -> None:
@@ -274,15 +282,14 @@ def _create(store: NativeStore, draft: Draft, root: Dir) -> Published:
         # The numbers first: whoever commits after that takes the number that is tried here. So what is checked below against
         # the newest version still holds at the moment at which this one comes into being.
         numbers = store.numbers(draft.name)
-        known, newest = _fitting(store, draft)
+        kind, newest = _fitting(store, draft)
         unchanged = _unchanged(store, draft, newest, root)
         if unchanged is not None:
             return unchanged
-        semver, given = _semver(store, draft, known, numbers)
-        number = max(draft.number, numbers[-1] + 1 if numbers else 0)
-        version = _version(draft, _type(draft, known), number, root, digest, semver)
+        semver = _semver(store, draft, newest, numbers)
+        version = _version(draft, kind, max(draft.number, numbers[-1] + 1 if numbers else 0), root, digest, semver)
         if store.create_version(version):
-            return Published(_point_aliases(store, draft, version, given), True)
+            return Published(_point_aliases(store, draft, version), True)
 
 
 def _version(draft: Draft, kind: str, number: int, root: Dir, digest: str, semver: str) -> Version:
@@ -311,16 +318,17 @@ def _version(draft: Draft, kind: str, number: int, root: Dir, digest: str, semve
     )
 
 
-def _point_aliases(store: NativeStore, draft: Draft, version: Version, given: Mapping[str, int] | None = None) -> Version:
+def _point_aliases(store: NativeStore, draft: Draft, version: Version) -> Version:
     """Let the draft's aliases, and ``latest`` unless a newer version has it, point to ``version``. NotFoundError if that was
-    deleted meanwhile. ``given``: semantic versions that the index may miss."""
+    deleted meanwhile."""
+
     own = {version.semver: version.number} if version.semver else {}
 
     def point(collection: Collection) -> Collection:
         aliases = dict(collection.aliases)
         aliases.update(dict.fromkeys(draft.aliases, version.number))
         aliases[LATEST] = max(version.number, collection.aliases.get(LATEST, -1))
-        return msgspec.structs.replace(collection, aliases=aliases, semver={**(given or {}), **collection.semver, **own})
+        return msgspec.structs.replace(collection, aliases=aliases, semver={**collection.semver, **own})
 
     store.update_collection(draft.name, point)
     return version

@@ -45,7 +45,7 @@ from artifactfs.semver import is_semver
 from artifactfs.store import LocalContent
 from artifactfs.store.contents import ExtentSource, LocalExtents
 from artifactfs.store.remembered import RememberedObjects
-from artifactfs.store.semvers import semvers
+from artifactfs.store.semvers import Semvers, semvers
 from artifactfs.tree import PageOrder, Tree
 from artifactfs.waiting import Budget
 
@@ -217,10 +217,7 @@ class NativeStore:
             for number in {number for alias, number in changed.aliases.items() if collection.aliases.get(alias) != number}:
                 self.version(name.at(f"v{number}"))
             for alias in changed.aliases.keys() - collection.aliases.keys():
-                if alias in collection.semver:
-                    raise ConflictError(
-                        f"{name.path}:{alias} is the semantic version of v{collection.semver[alias]}; choose another alias"
-                    )
+                Semvers(collection.semver, ()).check_alias(alias, name)
             return changed
 
         return self._update_collection(name, checked)

@@ -57,6 +57,11 @@ class Semvers:
         found += [SemVer(number + 1) for number in self.numbers if number not in given]
         return max(found).next_major() if found else SemVer(1)
 
+    def check_alias(self, alias: str, name: ArtifactName) -> None:
+        """ConflictError for an alias that is the semantic version of a version: nobody could tell the two apart."""
+        if alias in self.given:
+            raise ConflictError(f"{name.path}:{alias} is the semantic version of v{self.given[alias]}; choose another alias")
+
     def choose(self, wanted: str, name: ArtifactName, aliases: Mapping[str, int]) -> str:
         """What a new version is given: ``wanted``, or with :data:`NEXT` the next one; "" where nothing was wanted and no
         version has any. ConflictError if ``wanted`` is taken, by a deleted version or an alias as well."""
