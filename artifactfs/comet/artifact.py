@@ -366,7 +366,8 @@ def _file_size(path: str) -> int:
         raise from_os_error(error, f"reading {path}") from None
 
 
-def _local_asset(path: str, source: Source, size: int, own: dict[str, Any] | None, given: object) -> Added:
+def _local_asset(path: str, source: str | Stream, size: int, own: dict[str, Any] | None, given: object) -> Added:
+    source = os.path.abspath(source) if isinstance(source, str) else source
     asset = ArtifactAsset(False, path, size, metadata=own, local_path_or_data=given, id=secrets.token_hex(16))
     return Added(asset, source)
 

@@ -289,7 +289,7 @@ class LoggedArtifact:
         and could not be. ValueError for another strategy.
         """
         existing = _strategy(overwrite_strategy)
-        root = os.path.abspath(path) if path is not None else tempfile.mkdtemp()
+        root = os.fspath(path) if path is not None else tempfile.mkdtemp()
         with raised_as(ArtifactDownloadException):
             assets = self.assets
             if sync_mode:
@@ -412,20 +412,19 @@ def _check_synced(assets: Iterable[LoggedArtifactAsset]) -> None:
 
 
 def _inherited(asset: LoggedArtifactAsset, root: str, fetched: bool) -> Added:
-    """An asset of the version as one of the artifact that a download gives."""
-    local = os.path.join(root, asset.logical_path) if fetched else None
-    size = os.path.getsize(local) if local is not None else asset.size
+    """An asset of the version as one of the artifact that a download to ``root`` gives."""
+    local = os.path.join(root, asset.logical_path) if fetched else ""
     shown = ArtifactAsset(
-        asset.remote,
-        asset.logical_path,
-        size,
-        asset.link if asset.remote else None,
-        asset.metadata,
-        asset.asset_type,
-        local,
-        asset.id,
+        remote=asset.remote,
+        logical_path=asset.logical_path,
+        size=os.path.getsize(local) if fetched else asset.size,
+        link=asset.link if asset.remote else None,
+        metadata=asset.metadata,
+        asset_type=asset.asset_type,
+        local_path_or_data=local or None,
+        id=asset.id,
     )
-    return Added(shown, asset._entry if isinstance(asset._entry, Ref) else str(local), inherited=True)
+    return Added(shown, asset._entry if isinstance(asset._entry, Ref) else os.path.abspath(local), inherited=True)
 
 
 def _strategy(given: bool | str) -> Existing:
