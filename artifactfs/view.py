@@ -433,7 +433,7 @@ class BrowseView:
         self._check(parts[:3])
         collection = self._collection(parts[:3])
         number = collection.semver.get(parts[3], collection.aliases.get(parts[3]))
-        return None if number is None or parts[3] not in self._aliases(parts[:3]) else f"v{number}"
+        return None if number is None or not list(_valid(parts[3:], names.check_alias)) else f"v{number}"
 
     def _view(self, parts: tuple[str, ...]) -> tuple[VersionView, str]:
         """The version that the first four parts name, and the path in it."""

@@ -6,6 +6,7 @@ import importlib
 import itertools
 import os
 import pickle
+import re
 import tomllib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -262,3 +263,13 @@ def test_pandas_and_pyarrow(fs: Any, tmp_path: Path) -> None:
     assert dataset.dataset("acme/vision/table:v0/parts", filesystem=wrapped).count_rows() == 100_000
     with pytest.raises(PermissionError, match="versions do not change"):
         frame.to_csv("artifactfs://acme/vision/table:v0/new.csv")
+
+
+def test_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("pandas")
+    monkeypatch.setenv("ARTIFACTFS_STORE", str(tmp_path / "store"))
+    log({"train.csv": b"a,b\n1,2\n3,4\n"}, tmp_path / "files")
+    page = (Path(__file__).parents[1] / "docs" / "fsspec.md").read_text()
+    [code, said] = re.findall(r"^```(?:python|text)\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    exec(compile(code, "docs/fsspec.md", "exec"), {})
+    assert capsys.readouterr().out == said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -180,6 +181,14 @@ def test_index_that_is_behind_is_enough(store: NativeStore) -> None:
     assert commit(store, NEXT).semver == "2.0.0"
     assert store.collection(NAME).semver == {"1.0.0": 0, "2.0.0": 3}
     assert store.version(NAME.at("1.2.0")).number == 2
+
+
+def test_repeated_commit_finds_its_own(store: NativeStore) -> None:
+    draft = Draft(name=NAME, type="data", folder=_Nothing(), commit="mine", semver="1.2.0", always=True)
+    made = publish(store, draft).version
+    store.update_collection(NAME, lambda it: msgspec.structs.replace(it, semver={}))
+    again = publish(store, dataclasses.replace(draft, retry=True)).version
+    assert again == made and store.collection(NAME).semver == {"1.2.0": 0}
 
 
 def test_index_costs_no_reading_where_it_is_whole() -> None:

@@ -257,7 +257,8 @@ class Artifact:
                 )
             new.add(path)
             folders.update(_above(path))
-        for path in new & (folders | self._folders.keys()) | folders & self._assets.keys():
+        held_folders = {path for path in new if path in folders or path in self._folders}
+        for path in held_folders | {path for path in folders if path in self._assets}:
             raise ArtifactConflictingAssetLogicalPath(
                 f"{path!r} would be an asset and hold others in {self}; a path is a file or a directory, not both"
             )

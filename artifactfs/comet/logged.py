@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import logging
 import os
 import tempfile
-import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn
 
@@ -51,6 +51,9 @@ _STRATEGIES: dict[object, Existing] = {
     True: "replace",
     "overwrite": "replace",
 }
+
+
+log = logging.getLogger(__name__)
 
 
 class ImmutableDict(dict[str, Any]):
@@ -380,7 +383,7 @@ class LoggedArtifact:
         for asset in assets:
             target = os.path.join(root, asset.logical_path)
             if asset.is_asset_downloadable() and os.path.isfile(target) and not _has_content(target, asset._entry):
-                warnings.warn(f"{target} is replaced by the asset of {self}", stacklevel=3)
+                log.warning("%s is replaced by the asset of %s", target, self)
 
 
 def _is_ours(path: str) -> bool:
