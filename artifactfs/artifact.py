@@ -17,16 +17,19 @@ import dataclasses
 import datetime
 import enum
 import itertools
+import logging
 import os
 import secrets
+import sys
+import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
 import msgspec
 
-from artifactfs import commits, download, session
+from artifactfs import commits, distributed, download, session
 from artifactfs.building import Contents, Policy
 from artifactfs.content import check_algorithm
 from artifactfs.edits import Edits, merge_tags, merge_value
@@ -36,12 +39,14 @@ from artifactfs.errors import (
     ArtifactNotLoggedError,
     CommError,
     ConflictError,
+    IntegrityError,
     NotFoundError,
     UsageError,
     VerifyError,
     WaitTimeoutError,
     also,
 )
+from artifactfs.links import link_target
 from artifactfs.manifest import (
     ArtifactFiles,
     ArtifactManifest,
@@ -53,7 +58,7 @@ from artifactfs.manifest import (
     no_such_entry,
     version_id,
 )
-from artifactfs.model import BLAKE3, Collection, Run, Version
+from artifactfs.model import BLAKE3, Collection, LinkedVersion, Run, Version
 from artifactfs.names import (
     LATEST,
     ArtifactName,
@@ -63,8 +68,10 @@ from artifactfs.names import (
     check_tags,
     check_type,
     entry_path,
+    expires,
 )
-from artifactfs.publish import Draft, publish
+from artifactfs.paging import Pages
+from artifactfs.publish import Draft, Progress, check_sequence, publish
 from artifactfs.references import DEFAULT_MAX_OBJECTS
 from artifactfs.session import Session
 from artifactfs.store.native import now
@@ -73,7 +80,7 @@ PathLike: TypeAlias = "str | os.PathLike[str]"
 
 
 class ArtifactTTL(enum.Enum):
-    """``INHERIT``: the team's default time to live, which is none unless the store has one."""
+    """``INHERIT``: the entity's default time to live, which is none unless the store has one."""
 
     INHERIT = 0
 
@@ -89,7 +96,14 @@ class _Logged:
 
     @property
     def name(self) -> ArtifactName:
+        """As it was fetched: of a link the link's."""
         return ArtifactName(self.version.entity, self.version.project, self.version.collection, self.version.name)
+
+    @property
+    def source(self) -> ArtifactName:
+        """As it was logged."""
+        origin = self.version.origin
+        return ArtifactName(origin.entity, origin.project, origin.collection, origin.name)
 
 
 class Artifact:
@@ -127,6 +141,7 @@ class Artifact:
         self._commit_id = secrets.token_hex(16)
         self._parent: _Logged | None = None
         self._contents = Contents(self._algorithm)
+        self._distributed_id: str | None = None
 
     @classmethod
     def _fetched(cls, opened: Session, version: Version, alias: str = "", collection: Collection | None = None) -> Artifact:
@@ -185,39 +200,56 @@ class Artifact:
 
     @property
     def source_entity(self) -> str:
-        return self._need("source_entity").version.entity
+        return self._need("source_entity").version.origin.entity
 
     @property
     def source_project(self) -> str:
-        return self._need("source_project").version.project
+        return self._need("source_project").version.origin.project
 
     @property
     def source_name(self) -> str:
-        """``collection:v3``; the collection's name alone for a draft."""
-        return f"{self._collection_name}:{self._logged.version.name}" if self._logged else self._collection_name
+        """``collection:v3`` where it was logged; the collection's name alone for a draft."""
+        source = self._logged.version.origin if self._logged else None
+        return f"{source.collection}:{source.name}" if source else self._collection_name
 
     @property
     def source_qualified_name(self) -> str:
-        return self._need("source_qualified_name").version.qualified_name
+        return self._need("source_qualified_name").version.origin.qualified_name
 
     @property
     def source_version(self) -> str:
-        return self._need("source_version").version.name
+        return self._need("source_version").version.origin.name
 
     @property
     def source_collection(self) -> ArtifactCollection:
-        self._need("source_collection")
-        return self.collection
+        """The collection it was logged to."""
+        logged = self._need("source_collection")
+        return ArtifactCollection(logged.session, logged.session.store.collection(logged.source))
 
     @property
     def source_artifact(self) -> Artifact:
-        """The artifact that this one is a link to: itself."""
-        self._need("source_artifact")
-        return self
+        """The artifact that this one is a link to; itself if it is none. ValueError if that is gone."""
+        logged = self._need("source_artifact")
+        if not self.is_link:
+            return self
+        try:
+            return Artifact._fetched(logged.session, logged.session.store.version(logged.source), logged.source.alias)
+        except NotFoundError as error:
+            raise also(error, ValueError) from None
 
     @property
     def is_link(self) -> bool:
-        return False
+        """Whether it was fetched through a collection that it is linked into."""
+        return self._logged is not None and isinstance(self._logged.version, LinkedVersion)
+
+    @property
+    def linked_artifacts(self) -> list[Artifact]:
+        """The links to it, as artifacts; none for a link."""
+        logged = self._need("linked_artifacts")
+        if self.is_link:
+            return []
+        found = logged.session.store.links_of(logged.version)
+        return [Artifact._fetched(logged.session, link, link.name) for link in found]
 
     @property
     def type(self) -> str:
@@ -257,7 +289,8 @@ class Artifact:
 
     @property
     def distributed_id(self) -> str | None:
-        return None
+        """The id of the version that it was added to with others, by ``run.upsert_artifact`` or ``finish_artifact``."""
+        return self._distributed_id
 
     # What it holds
 
@@ -295,10 +328,11 @@ class Artifact:
         self._need("get_path")
         return self.get_entry(name)
 
-    def files(self, names: Sequence[str] | None = None, per_page: int = 50) -> ArtifactFiles:
-        """The files, or those of ``names`` that exist. ``per_page`` is taken for W&B's sake: nothing is fetched in pages."""
+    def files(self, names: Sequence[str] | None = None, per_page: int = 50, start: str | None = None) -> ArtifactFiles:
+        """The files, or those of ``names`` that exist; with ``start`` those that come after that path. ``per_page`` is taken for
+        W&B's sake: they are read as they are asked for."""
         logged = self._need("files")
-        return ArtifactFiles(self.manifest, logged.version, self.url, names)
+        return ArtifactFiles(self.manifest, logged.version, self.url, names, start)
 
     def stored(self) -> Stored | None:
         """The version and its session once it is logged."""
@@ -357,14 +391,22 @@ class Artifact:
 
     @property
     def ttl(self) -> datetime.timedelta | None:
-        """How long after its creation the version may be deleted; None for never. ArtifactNotLoggedError where it is inherited
-        and the artifact is a draft, or was just set to inherit: then only :meth:`save` tells."""
-        if self._ttl is ArtifactTTL.INHERIT and (self._ttl_changed or self._logged is None):
+        """How long after its creation the version may be deleted; None for never. An inherited one is the entity's default of
+        now. ArtifactNotLoggedError where it is inherited and the artifact is a draft, or was just set to inherit: then only
+        :meth:`save` tells."""
+        if self._ttl is not ArtifactTTL.INHERIT:
+            return self._ttl
+        if self._ttl_changed or self._logged is None:
             raise ArtifactNotLoggedError("'Artifact.ttl' is inherited, which only logging or save() resolves")
-        return self._ttl if isinstance(self._ttl, datetime.timedelta) else None
+        seconds = self._logged.session.store.ttl_of(self._logged.version) if expires(self.type) else None
+        return None if seconds is None else datetime.timedelta(seconds=seconds)
 
     @ttl.setter
     def ttl(self, ttl: datetime.timedelta | ArtifactTTL | None) -> None:
+        if self.is_link:
+            raise UsageError(f"{self.name} is a link, which has no TTL of its own; set that of source_artifact")
+        if not expires(self.type):
+            raise UsageError(f"artifacts of type {self.type!r} cannot have a TTL")
         if isinstance(ttl, datetime.timedelta) and ttl.total_seconds() < 1:
             raise UsageError(f"Artifact TTL must be at least a second, not {ttl}; use None for no TTL")
         if not isinstance(ttl, (datetime.timedelta, ArtifactTTL, type(None))):
@@ -390,9 +432,9 @@ class Artifact:
 
     @property
     def linked_at(self) -> str | None:
-        """None: only links have it."""
-        self._need("linked_at")
-        return None
+        """When it was linked, ISO 8601, UTC; None for what is no link."""
+        version = self._need("linked_at").version
+        return version.linked_at if isinstance(version, LinkedVersion) else None
 
     @property
     def history_step(self) -> int | None:
@@ -484,14 +526,14 @@ class Artifact:
         """A draft of the collection's next version that holds everything this version does, without aliases, tags and TTL."""
         logged = self._need("new_draft")
         draft = Artifact(
-            self._collection_name,
+            logged.source.collection,
             _ANY_TYPE,
             description=self._description,
             metadata=copy.deepcopy(self._metadata),
             digest_algorithm=logged.version.algorithm,
         )
         draft._type = logged.version.type
-        draft._parent = logged
+        draft._parent = dataclasses.replace(logged, version=logged.version.origin)
         draft._contents = Contents(draft._algorithm, Stored(logged.session, logged.version))
         return draft
 
@@ -545,7 +587,9 @@ class Artifact:
         if self._storage_region is not None:
             raise UsageError(f"{opened.store.url} has no storage regions; leave storage_region out")
         with contextlib.suppress(NotFoundError):
-            kind = opened.store.collection(name).type
+            collection = opened.store.collection(name)
+            check_sequence(collection)
+            kind = collection.type
             if kind != self._type:
                 raise UsageError(
                     f"{name.path} already exists with type {kind!r}; type {self._type!r} cannot be logged to it: use another name"
@@ -579,6 +623,7 @@ class Artifact:
             tags=tags,
             aliases=aliases,
             ttl=_seconds(self._ttl),
+            inherit_ttl=self._ttl is ArtifactTTL.INHERIT,
             run=run,
             base=self._parent.version.number if self._parent else None,
         )
@@ -598,6 +643,20 @@ class Artifact:
                 again = opened.store.newest(draft.name)
                 if (again.number if again else None) == number:
                     raise
+
+    def _publish_part(self, opened: Session, name: ArtifactName, aliases: Sequence[str], run: str) -> None:
+        """Add the draft to the distributed version, and stay a draft."""
+        self._contents.check_borrowed(opened)
+        distributed.add_part(opened.store, self._distributed_id or "", self._draft(name, aliases, (), run))
+
+    def _publish_last_part(self, opened: Session, name: ArtifactName, aliases: Sequence[str], run: str) -> None:
+        """Add the draft to the distributed version, and become what is made of all parts."""
+        self._contents.check_borrowed(opened)
+        draft = self._draft(name, aliases, (), run)
+        version = distributed.finish(opened.store, self._distributed_id or "", draft, incremental=self._incremental)
+        self._show(_seen(opened, version, ""))
+        self._contents.close()
+        self._contents = Contents(self._algorithm)
 
     def _log_alone(self, project: str | None) -> None:
         opened = self._any_session()
@@ -627,8 +686,14 @@ class Artifact:
         aliases = _check_aliases(self._aliases)
         edits = self._edits(logged.version)
         store = logged.session.store
+        if self._ttl_changed and self._ttl is not ArtifactTTL.INHERIT and store.in_registry(logged.version):
+            raise UsageError(f"{self.name} is linked to a registry, where nothing expires: a TTL cannot be set")
+        seen = logged.version.origin
         try:
-            store.update_version(logged.name, lambda current: edits.onto(current, logged.version))
+            if edits.onto(seen, seen) != seen:
+                if self.is_link:
+                    warnings.warn(f"{self.name} is a link: this edits its source, {seen.qualified_name}", stacklevel=3)
+                store.update_version(logged.name, lambda current: edits.onto(current, seen))
             if set(aliases) != set(logged.aliases):
                 self._push_aliases(logged, aliases)
             version = store.version(logged.name)
@@ -659,7 +724,9 @@ class Artifact:
 
     def _edits(self, seen: Version) -> Edits:
         """What was changed here since ``seen``."""
-        ttl = _seconds(self._ttl) if self._ttl_changed else seen.ttl
+        ttl = (seen.ttl, seen.ttl_inherited)
+        if self._ttl_changed:
+            ttl = (_seconds(self._ttl), self._ttl is ArtifactTTL.INHERIT)
         return Edits(self._description, check_metadata(self._metadata), ttl, check_tags(self._tags))
 
     def _show(self, logged: _Logged) -> None:
@@ -672,6 +739,8 @@ class Artifact:
         self._tags = list(version.tags)
         self._aliases = list(logged.aliases)
         self._ttl = datetime.timedelta(seconds=version.ttl) if version.ttl is not None else None
+        if version.ttl is None and version.ttl_inherited:
+            self._ttl = ArtifactTTL.INHERIT
         self._ttl_changed = False
         self._logged = logged
 
@@ -695,13 +764,14 @@ class Artifact:
         target = os.fspath(root) if root is not None else self.default_root()
         prefix = os.fspath(path_prefix) if path_prefix is not None else ""
         store, reader = logged.session.store, logged.session.reader
-        download.get(store, reader, logged.version, target, prefix, allow_missing_references=allow_missing_references)
+        with _shown_progress(logged.version) as report:
+            download.get(store, reader, logged.version, target, prefix, report, allow_missing_references=allow_missing_references)
         return target
 
     def checkout(self, root: PathLike | None = None) -> str:
         """Make ``root`` (default ``./artifacts/collection``) exactly this version: what else is in it is removed."""
         logged = self._need("checkout")
-        target = os.fspath(root) if root is not None else os.path.join(_artifacts_dir(), self._collection_name)
+        target = os.fspath(root) if root is not None else os.path.join(_artifacts_dir(), logged.source.collection)
         download.checkout(logged.session.store, logged.session.reader, logged.version, target)
         return target
 
@@ -735,7 +805,7 @@ class Artifact:
     def logged_by(self) -> Run | None:
         """The run that logged it, None if that is not known."""
         logged = self._need("logged_by")
-        parts = logged.version.run.split("/")
+        parts = logged.version.run.split("/")  # a link's is that of its source
         if len(parts) != 3:
             return None
         try:
@@ -744,13 +814,54 @@ class Artifact:
             return None
 
     def used_by(self) -> list[Run]:
-        """The runs that used it."""
+        """The runs that used it, or a link to it."""
         logged = self._need("used_by")
         return logged.session.store.used_by(logged.version)
 
+    def link(self, target_path: str, aliases: Sequence[str] | str | None = None) -> Artifact:
+        """Link it into the portfolio ``[[entity/]project/]collection``, which is made if it is not there; returns the link.
+
+        ``wandb-registry-<registry>/<collection>`` is one of the organization's registry. A draft is saved first; of a link its
+        source is linked. What is linked there already keeps its number and gets the aliases. ValueError for a target that
+        versions are logged to, that has another type, or that is another organization's.
+        """
+        return self._link(target_path, aliases)
+
+    def _link(
+        self, target_path: str, aliases: Sequence[str] | str | None, run: str = "", entity: str = "", project: str = ""
+    ) -> Artifact:
+        given = _check_aliases(aliases)
+        if self._logged is None:
+            if self._commit is None:
+                self.save()
+            self.wait()
+        logged = self._need("link")
+        if self.is_link:
+            warnings.warn(f"{self.name} is a link: its source, {self.source_qualified_name}, is linked", stacklevel=3)
+        store = logged.session.store
+        target = link_target(store, target_path, logged.version, entity, project)
+        made = store.link(logged.version, target, given, run)
+        return Artifact._fetched(logged.session, made, made.name)
+
+    def unlink(self) -> None:
+        """Take the link away; its source stays. ValueError if it is none."""
+        logged = self._need("unlink")
+        if not self.is_link:
+            raise UsageError(f"{self.name} is no link, so it cannot be unlinked; delete() deletes a version")
+        try:
+            logged.session.store.unlink(logged.name)
+        except NotFoundError as error:
+            raise also(error, CommError) from None
+
     def delete(self, delete_aliases: bool = False) -> None:
-        """Delete the version. ConflictError (and CommError) if it has aliases besides ``latest``, unless ``delete_aliases``."""
+        """Delete the version, and links to it. ConflictError (and CommError) if it has aliases besides ``latest``, unless
+        ``delete_aliases``. Of a link only the link goes, with its aliases."""
         logged = self._need("delete")
+        if self.is_link:
+            if delete_aliases:
+                warnings.warn(f"{self.name} is a link: it is unlinked, and delete_aliases has no meaning", stacklevel=2)
+            self.unlink()
+            return
         try:
             version = logged.session.store.delete_version(logged.name, delete_aliases)
         except (ConflictError, NotFoundError) as error:
@@ -764,8 +875,8 @@ class Artifact:
             "_type": "artifactVersion",
             "_version": "v0",
             "id": self.id,
-            "version": logged.version.name,
-            "sequenceName": self._collection_name,
+            "version": logged.version.origin.name,
+            "sequenceName": logged.source.collection,
             "usedAs": None,
         }
 
@@ -796,6 +907,7 @@ class ArtifactCollection:
         self._seen = record
         self.description = record.description
         self._tags = list(record.tags)
+        self._type = self._seen_type = record.type
 
     def __repr__(self) -> str:
         return f"<ArtifactCollection {self._seen.path} ({self.type})>"
@@ -808,6 +920,11 @@ class ArtifactCollection:
     def name(self) -> str:
         return self._seen.name
 
+    @name.setter
+    def name(self, name: str) -> None:
+        if name != self._seen.name:
+            raise UsageError(f"{self._seen.path} cannot be renamed: its versions have its name; link them to {name!r}")
+
     @property
     def entity(self) -> str:
         return self._seen.entity
@@ -818,7 +935,15 @@ class ArtifactCollection:
 
     @property
     def type(self) -> str:
-        return self._seen.type
+        """Of a collection that versions are logged to it can be set; :meth:`save` pushes it."""
+        return self._type
+
+    @type.setter
+    def type(self, new_type: str) -> None:
+        if not self.is_sequence():
+            raise UsageError(f"{self._seen.path} is a portfolio: its type is that of what is linked into it")
+        check_type(self._type, self.name)
+        self._type = check_type(new_type, self.name)
 
     @property
     def created_at(self) -> str:
@@ -844,35 +969,114 @@ class ArtifactCollection:
 
     def is_sequence(self) -> bool:
         """Whether versions are logged here, and not only linked."""
-        return True
+        return not self._seen.is_portfolio
 
-    def artifacts(self) -> list[Artifact]:
-        """Its versions, newest first."""
-        name = ArtifactName(self.entity, self.project, self.name)
-        record = self._session.store.collection(name)
-        found = reversed(self._session.store.versions(name))
-        return [Artifact._fetched(self._session, version, collection=record) for version in found]
+    def artifacts(self, per_page: int = 50) -> Pages[Artifact]:
+        """Its versions, newest first; they are read ``per_page`` at a time, as they are asked for."""
+        record = self._session.store.collection(self._name)
+        found = newest_first(self._session, record)
+        return Pages(lambda: (Artifact._fetched(self._session, version, collection=record) for version in found()), per_page)
+
+    def change_type(self, new_type: str) -> None:
+        """Deprecated: set :attr:`type` and :meth:`save`."""
+        warnings.warn("change_type is deprecated; set the type and save()", DeprecationWarning, stacklevel=2)
+        self.type = new_type
+        self.save()
 
     def save(self) -> None:
-        """Push description and tags. ConflictError if somebody else set another description."""
-        seen, description, tags = self._seen, self.description, check_tags(self._tags)
+        """Push description, tags and type. ConflictError if somebody else set another description or type. A new type is that of
+        all versions; ValueError for W&B's reserved types, and for a portfolio's."""
+        seen, description, tags, kind = self._seen, self.description, check_tags(self._tags), self._type
 
         def change(current: Collection) -> Collection:
             text = merge_value(f"description of {seen.path}", description, current.description, seen.description)
-            return msgspec.structs.replace(current, description=text, tags=merge_tags(tags, current.tags, seen.tags))
+            type = merge_value(f"type of {seen.path}", kind, current.type, seen.type)
+            return msgspec.structs.replace(current, description=text, type=type, tags=merge_tags(tags, current.tags, seen.tags))
 
-        name = ArtifactName(seen.entity, seen.project, seen.name)
-        self._seen = self._session.store.update_collection(name, change)
-        self.description, self._tags = self._seen.description, list(self._seen.tags)
+        store = self._session.store
+        try:
+            self._seen = store.update_collection(self._name, change)
+            if self.is_sequence():
+                self._retype_versions()
+        except NotFoundError as error:
+            raise also(error, CommError) from None
+        self.description, self._tags, self._type = self._seen.description, list(self._seen.tags), self._seen.type
+
+    def _retype_versions(self) -> None:
+        """Let every version have the collection's type. One made meanwhile has it, or gets it from who makes it."""
+        store, kind = self._session.store, self._seen.type
+        if kind == self._seen_type:
+            return
+        for version in store.versions(self._name):
+            if version.type != kind:
+                store.update_version(self._name.at(version.name), lambda it: msgspec.structs.replace(it, type=kind))
+        self._seen_type = kind
+
+    def delete(self) -> None:
+        """Delete the collection: a sequence with all its versions, their aliases and links to them; a portfolio with its links,
+        whose sources stay."""
+        with contextlib.suppress(NotFoundError):
+            self._session.store.delete_collection(self._name)
+
+    @property
+    def _name(self) -> ArtifactName:
+        return ArtifactName(self.entity, self.project, self.name)
+
+
+def newest_first(opened: Session, record: Collection) -> Callable[[], Iterator[Version]]:
+    """The committed versions, or members, of a collection, each read when it comes."""
+    name = ArtifactName(record.entity, record.project, record.name)
+
+    def found() -> Iterator[Version]:
+        numbers = sorted(record.links) if record.is_portfolio else opened.store.numbers(name)
+        for number in reversed(numbers):
+            try:
+                version = opened.store.any_version(name, number)
+            except (NotFoundError, IntegrityError) as error:
+                _log.warning("not listed: %s", error)
+                continue
+            if version.state == "COMMITTED":
+                yield version
+
+    return found
 
 
 _ANY_TYPE = "unspecified"
+_LARGE = 50 << 20
+_MANY = 5000
+"""Bytes and files from which a download shows its progress, as W&B's client has them."""
+_EVERY = 0.2
+"""Seconds between two lines of progress."""
+_log = logging.getLogger(__name__)
 
 
 def _check_aliases(aliases: Sequence[str] | str | None) -> list[str]:
     """The aliases a user gave, each once. InvalidNameError."""
     given = [aliases] if isinstance(aliases, str) else aliases or []
     return [alias if alias == LATEST else check_new_alias(alias) for alias in dict.fromkeys(given)]
+
+
+@contextlib.contextmanager
+def _shown_progress(version: Version) -> Iterator[Callable[[Progress], None] | None]:
+    """A line about the download of a large version, on a terminal."""
+    if not sys.stderr.isatty() or (version.size < _LARGE and version.file_count < _MANY):
+        yield None
+        return
+    shown = 0.0
+
+    def report(progress: Progress) -> None:
+        nonlocal shown
+        if time.monotonic() - shown < _EVERY:
+            return
+        shown = time.monotonic()
+        text = f"{version.qualified_name}: {progress.files:,} of {version.file_count:,} files, {progress.bytes >> 20:,} MiB"
+        print(f"\r{text}", end="", file=sys.stderr, flush=True)
+
+    try:
+        yield report
+    finally:
+        if shown:
+            print(file=sys.stderr)
 
 
 def _seconds(ttl: datetime.timedelta | ArtifactTTL | None) -> int | None:

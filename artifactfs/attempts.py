@@ -7,6 +7,7 @@ its deadline is given up. Whoever talks to a remote turns what another attempt m
 from __future__ import annotations
 
 import logging
+import os
 import random
 import time
 
@@ -28,8 +29,27 @@ TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 _PROGRESS = 16 << 10  # fewer bytes are no progress: a server that drips could otherwise hold a fetch for days
 _BACKOFF_MAX = 10.0
+_RACE = 0.005  # seconds: a write to a service nearby takes about as long
+_RACE_MAX = 1.0
 
 _jitter = random.Random()  # of its own: a program's seeded generator must not depend on the network
+
+
+os.register_at_fork(after_in_child=_jitter.seed)  # or all children would wait in step
+
+
+class Races:
+    """Waits between attempts at a compare-and-swap that others win: not before the second, then longer and by chance, so that
+    many writers of one object do not all read it again at once. There is no limit: each lost race is somebody's success."""
+
+    def __init__(self) -> None:
+        self._lost = -1
+
+    def enter(self) -> None:
+        """To be called before each attempt."""
+        self._lost += 1
+        if self._lost > 1:
+            time.sleep(_jitter.uniform(0.0, min(_RACE * float(2 ** min(self._lost, 20)), _RACE_MAX)))
 
 
 class TransientError(Exception):

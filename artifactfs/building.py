@@ -134,7 +134,7 @@ class Contents:
     def check_borrowed(self, opened: Session) -> None:
         """NotFoundError unless what was taken from other versions is still there: of a deleted one it may have been collected."""
         for source in self._borrowed:
-            version = source.version
+            version = source.version.origin
             name = ArtifactName(version.entity, version.project, version.collection)
             if opened.store.any_version(name, version.number).state != "COMMITTED":
                 raise NotFoundError(f"{version.qualified_name} was deleted after an entry of it was added to this artifact")

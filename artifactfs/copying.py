@@ -103,6 +103,7 @@ def _copy_version(
         metadata=version.metadata,
         tags=version.tags,
         ttl=version.ttl,
+        inherit_ttl=version.ttl_inherited,
         run=version.run,
         expect_root=version.root.digest,
         number=version.number,

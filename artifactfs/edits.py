@@ -22,23 +22,30 @@ _GONE: Any = msgspec.UNSET
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Edits:
-    """What the changeable fields of a version should be. ``metadata`` holds JSON values."""
+    """What the changeable fields of a version should be. ``metadata`` holds JSON values; ``ttl`` is seconds and whether it is
+    inherited."""
 
     description: str | None
     metadata: dict[str, Any]
-    ttl: int | None
+    ttl: tuple[int | None, bool]
     tags: list[str]
 
     def onto(self, current: Version, seen: Version) -> Version:
         """``current`` with what these change against ``seen``. ConflictError; InvalidNameError for too much metadata in all."""
         of = f"of {current.qualified_name}"
+        ttl, inherited = merge_value(f"TTL {of}", self.ttl, _ttl(current), _ttl(seen))
         return msgspec.structs.replace(
             current,
             description=merge_value(f"description {of}", self.description, current.description, seen.description),
             metadata=check_metadata(_merge_metadata(of, self.metadata, current.metadata, seen.metadata)),
-            ttl=merge_value(f"TTL {of}", self.ttl, current.ttl, seen.ttl),
+            ttl=ttl,
+            ttl_inherited=inherited,
             tags=merge_tags(self.tags, current.tags, seen.tags),
         )
+
+
+def _ttl(version: Version) -> tuple[int | None, bool]:
+    return version.ttl, version.ttl_inherited
 
 
 def merge_value(what: str, mine: Any, theirs: Any, seen: Any) -> Any:

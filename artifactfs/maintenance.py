@@ -19,8 +19,8 @@ import msgspec
 
 from artifactfs.content import DIGEST_SIZE, EMPTY_ID, Checksum, block_digest
 from artifactfs.errors import ArtifactFSError, IntegrityError, NotFoundError
-from artifactfs.model import BLOCK, Dir, Entry, File, Page, Ref, Version, block_count
-from artifactfs.names import ArtifactName
+from artifactfs.model import BLOCK, Dir, Distributed, Entry, File, Page, Ref, Version, block_count
+from artifactfs.names import ArtifactName, expires
 from artifactfs.objects import ObjectInfo, object_key
 from artifactfs.objects.local import TEMPORARY
 from artifactfs.store.native import NativeStore, seconds
@@ -28,6 +28,9 @@ from artifactfs.tree import DirBuilder, Tree, forget_page
 
 GRACE = 24 * 3600.0
 """Seconds: longer than any commit takes, short enough that a deleted terabyte is gone the next day."""
+
+ABANDONED = 7 * 24 * 3600.0
+"""Seconds, besides the grace period, after which the parts of a distributed version that nobody finishes are given up."""
 
 _WORKERS = 2
 _REMOTE_WORKERS = 16  # each mostly waits for the network
@@ -39,9 +42,12 @@ _OBJECT = re.compile(r"(packs/[0-9a-f]{2}/[0-9a-f]{32}|blobs/[0-9a-f]{2}/[0-9a-f
 
 @dataclasses.dataclass(slots=True)
 class Collected:
-    """What ``gc`` did, or would do: versions that expired, objects and their bytes removed, objects still in use."""
+    """What ``gc`` did, or would do: versions that expired, distributed ones that nobody finished; objects and their bytes
+    removed, objects still in use, and those too young to judge.
+    """
 
     expired: list[str] = dataclasses.field(default_factory=list)
+    abandoned: list[str] = dataclasses.field(default_factory=list)
     removed: int = 0
     bytes: int = 0
     kept: int = 0
@@ -76,14 +82,18 @@ def gc(store: NativeStore, *, dry_run: bool = False, grace: float = GRACE) -> Co
     result = Collected()
     used: set[bytes] = set()
     seen: set[Page] = set()
+    defaults: dict[str, int | None] = {}
+    # Parts first: one that is joined into a version meanwhile is marked as the one or the other.
+    for where, root in _parts(store, cutoff - ABANDONED, dry_run, result):
+        _mark(store, where, root, seen, used)
     for version in _versions(store):
-        if version.state == "COMMITTED" and _expired(version):
+        if version.state == "COMMITTED" and _expired(store, version, defaults):
             result.expired.append(version.qualified_name)
             if not dry_run:
                 _expire(store, version)
         elif version.state == "DELETED" and seconds(version.deleted_at) < cutoff:
             continue
-        _mark(store, version, seen, used)
+        _mark(store, version.qualified_name, version.root, seen, used)
     garbage = _Garbage(store, {object_key(object) for object in used}, cutoff, result)
     for key in garbage if dry_run else store.objects.remove(garbage, cutoff):
         result.removed += 1
@@ -303,16 +313,39 @@ def _versions(store: NativeStore) -> Iterator[Version]:
             yield store.any_version(name, number)
 
 
-def _mark(store: NativeStore, version: Version, seen: set[Page], used: set[bytes]) -> None:
-    """Add the objects that the tree of ``version`` refers to."""
+def _parts(store: NativeStore, cutoff: float, dry_run: bool, result: Collected) -> Iterator[tuple[str, Dir]]:
+    """(what it is, tree) of all parts of distributed versions. Those that nobody added to since ``cutoff`` are given up."""
+    for name in _collections(store):
+        for record in store.all_distributed(name):
+            parts = [*record.parts, *(record.closing.parts if record.closing else ())]
+            where = f"distributed version {record.id!r} of {name.path}"
+            if parts and seconds(record.updated_at) < cutoff:
+                result.abandoned.append(where)
+                if not dry_run:
+                    _abandon(store, name, record)
+            yield from ((where, part.root) for part in parts)
+
+
+def _abandon(store: NativeStore, name: ArtifactName, seen: Distributed) -> None:
+    """Drop the parts, unless somebody has just added another; the next run collects what they refer to."""
+
+    def drop(current: Distributed | None) -> Distributed:
+        assert current is not None
+        return msgspec.structs.replace(current, parts=[], closing=None) if current == seen else current
+
+    store.update_distributed(name, seen.id, drop)
+
+
+def _mark(store: NativeStore, where: str, root: Dir, seen: set[Page], used: set[bytes]) -> None:
+    """Add the objects that the tree ``root`` refers to."""
     try:
-        for page, entries in store.tree.pages(version.root, seen):
+        for page, entries in store.tree.pages(root, seen):
             used.add(page.extent.object)
             for entry in entries:
                 for extent in store.places(entry):
                     used.add(extent.object)
     except (IntegrityError, NotFoundError) as error:
-        raise IntegrityError(f"{version.qualified_name} cannot be read, so nothing is removed: {error}") from None
+        raise IntegrityError(f"{where} cannot be read, so nothing is removed: {error}") from None
 
 
 def _collectable(store: NativeStore) -> Iterator[ObjectInfo]:
@@ -322,8 +355,16 @@ def _collectable(store: NativeStore) -> Iterator[ObjectInfo]:
     yield from store.objects.scan(f"{TEMPORARY}/")
 
 
-def _expired(version: Version) -> bool:
-    return version.ttl is not None and seconds(version.created_at) + version.ttl < time.time()
+def _expired(store: NativeStore, version: Version, defaults: dict[str, int | None]) -> bool:
+    """Whether its TTL has run out; one that a registry has a link to does not expire. ``defaults`` are those of entities."""
+    ttl = version.ttl
+    if ttl is None and version.ttl_inherited:
+        if version.entity not in defaults:
+            defaults[version.entity] = store.entity_settings(version.entity).default_ttl
+        ttl = defaults[version.entity]
+    if ttl is None or not expires(version.type) or seconds(version.created_at) + ttl >= time.time():
+        return False
+    return not store.in_registry(version)
 
 
 def _expire(store: NativeStore, version: Version) -> None:

@@ -320,21 +320,28 @@ class ArtifactFile:
 
 
 class ArtifactFiles(Sequence[ArtifactFile]):
-    """The files of a logged artifact, by path; ``names`` selects some, in their order."""
+    """The files of a logged artifact, by path; ``names`` selects some, in their order; ``start`` those after that path."""
 
-    def __init__(self, manifest: ArtifactManifest, version: Version, url: str, names: Sequence[str] | None) -> None:
+    def __init__(
+        self, manifest: ArtifactManifest, version: Version, url: str, names: Sequence[str] | None, start: str | None = None
+    ) -> None:
         self._entries = manifest.entries
         self._version = version
         self._url = url
         self._names = None if names is None else [entry_path(name) for name in names]
+        self._start = start
 
     def __iter__(self) -> Iterator[ArtifactFile]:
-        if self._names is None:
-            return map(self._file, self._entries.values())
-        return (self._file(self._entries[name]) for name in self._names if name in self._entries)
+        return (self._file(self._entries[path]) for path in self._paths())
+
+    def _paths(self) -> Iterator[str]:
+        paths = self._entries if self._names is None else (name for name in self._names if name in self._entries)
+        return (path for path in paths if self._start is None or path > self._start)
 
     def __len__(self) -> int:
-        return len(self._entries) if self._names is None else sum(name in self._entries for name in self._names)
+        if self._names is None and self._start is None:
+            return len(self._entries)
+        return sum(1 for _ in self._paths())
 
     @overload
     def __getitem__(self, index: int) -> ArtifactFile: ...
@@ -364,8 +371,8 @@ def digest_of(leaf: Leaf) -> str:
 
 
 def version_id(version: Version) -> str:
-    """An opaque id of a version, from which :func:`version_name` gives its name back."""
-    return base64.standard_b64encode(f"Artifact:{version.qualified_name}".encode()).decode()
+    """An opaque id of a version, from which :func:`version_name` gives its name back; a link has that of its source."""
+    return base64.standard_b64encode(f"Artifact:{version.origin.qualified_name}".encode()).decode()
 
 
 def version_name(uri: str) -> tuple[str, str]:

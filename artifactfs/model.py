@@ -1,8 +1,8 @@
 """What a store holds, as values: entries, directories, versions, collections, runs. No I/O.
 
 Entries are msgspec structs because a page of thousands of them is decoded in one call; their field order is the stored
-form of a page (``docs/format.md``). ``Version``, ``Collection`` and ``Run`` are stored as JSON objects with these keys;
-unknown keys are ignored when reading and a missing one takes its default.
+form of a page (``docs/format.md``). ``Version``, ``Collection``, ``Run``, ``EntitySettings`` and ``Distributed`` are stored as
+JSON objects with these keys; unknown keys are ignored when reading and kept when writing, and a missing one takes its default.
 """
 
 from __future__ import annotations
@@ -121,9 +121,10 @@ class Version(msgspec.Struct, frozen=True, kw_only=True):
     """One version of a collection, as ``versions/<number>.json`` holds it.
 
     ``root`` is its tree. ``commit`` is the id of the attempt that made it, so that a repeated attempt recognises its own.
-    Only ``state``, ``description``, ``metadata``, ``tags``, ``ttl``, ``updated_at`` and ``deleted_at`` ever change.
-    Times are ISO 8601 UTC with microseconds and a ``Z``; ``ttl`` is seconds, None for none. ``semver`` is the semantic version
-    it was given, "" for none (``store/semvers.py``).
+    Only ``state``, ``description``, ``metadata``, ``tags``, ``ttl``, ``ttl_inherited``, ``updated_at`` and ``deleted_at`` ever
+    change, and ``type`` with its collection's. Times are ISO 8601 UTC with microseconds and a ``Z``; ``ttl`` is seconds, None for
+    none, or with ``ttl_inherited`` for what the entity's settings say at the time. ``semver`` is
+    the semantic version it was given, "" for none.
     """
 
     entity: str
@@ -141,6 +142,7 @@ class Version(msgspec.Struct, frozen=True, kw_only=True):
     metadata: dict[str, Any] = {}
     tags: list[str] = []
     ttl: Annotated[int, msgspec.Meta(ge=0, le=MAX_TTL)] | None = None
+    ttl_inherited: bool = False
     run: str = ""
     commit: str
     base: int | None = None
@@ -159,10 +161,38 @@ class Version(msgspec.Struct, frozen=True, kw_only=True):
         """``entity/project/collection:v12``."""
         return f"{self.entity}/{self.project}/{self.collection}:{self.name}"
 
+    @property
+    def origin(self) -> Version:
+        """The version that was logged: itself, or for a link the one that it leads to."""
+        return self
+
+
+class LinkedVersion(Version, frozen=True, kw_only=True):
+    """A version as a member of a portfolio: ``entity``, ``project``, ``collection`` and ``number`` are of that, all else is of
+    ``source``. It is made when it is read and never stored."""
+
+    source: Version
+    linked_at: str
+
+    @property
+    def origin(self) -> Version:
+        return self.source
+
+
+class Link(msgspec.Struct, frozen=True, kw_only=True):
+    """A member of a portfolio. ``source`` is the qualified name of a version that was logged; ``run`` the run that linked it."""
+
+    source: str
+    linked_at: str
+    run: str = ""
+
 
 class Collection(msgspec.Struct, frozen=True, kw_only=True):
-    """One collection, as ``collection.json`` holds it; ``aliases`` maps each alias to a version number, and ``semver`` each
-    semantic version, for good."""
+    """One collection, as ``collection.json`` holds it; ``aliases`` maps each alias to a version number, ``semver`` each semantic version.
+
+    A portfolio has no versions of its own, but ``links`` by number; ``next_link`` is the number that the next one gets. A deleted
+    collection's record stays, so that its numbers are not used again.
+    """
 
     entity: str
     project: str
@@ -172,6 +202,10 @@ class Collection(msgspec.Struct, frozen=True, kw_only=True):
     tags: list[str] = []
     aliases: dict[str, Count] = {}
     semver: dict[str, Count] = {}
+    kind: Literal["SEQUENCE", "PORTFOLIO"] = "SEQUENCE"
+    state: Literal["READY", "DELETED"] = "READY"
+    links: dict[Count, Link] = {}
+    next_link: Count = 0
     created_at: str
     updated_at: str
 
@@ -179,6 +213,62 @@ class Collection(msgspec.Struct, frozen=True, kw_only=True):
     def path(self) -> str:
         """``entity/project/name``."""
         return f"{self.entity}/{self.project}/{self.name}"
+
+    @property
+    def is_portfolio(self) -> bool:
+        """Whether it holds links instead of versions."""
+        return self.kind == "PORTFOLIO"
+
+
+class EntitySettings(msgspec.Struct, frozen=True, kw_only=True):
+    """What is set for an entity, as ``entities/<entity>.json`` holds it: the seconds after which versions that inherit their TTL
+    expire (None: never), and the entity that holds its registries ("": itself)."""
+
+    entity: str
+    default_ttl: Annotated[int, msgspec.Meta(gt=0, le=MAX_TTL)] | None = None
+    organization: str = ""
+    created_at: str
+    updated_at: str
+
+
+class Part(msgspec.Struct, frozen=True, kw_only=True):
+    """What one process added to a distributed version: a stored tree, and what it said of the version. ``commit`` is its id."""
+
+    commit: str
+    root: Dir
+    description: str | None = None
+    metadata: dict[str, Any] = {}
+    tags: list[str] = []
+    aliases: list[str] = []
+    ttl: Annotated[int, msgspec.Meta(ge=0, le=MAX_TTL)] | None = None
+    ttl_inherited: bool = True
+    run: str = ""
+    added_at: str
+
+
+class Closing(msgspec.Struct, frozen=True, kw_only=True):
+    """Parts that are being joined into the version whose commit is ``commit``; its number is higher than ``after``.
+    ``incremental``: it is laid over the newest version."""
+
+    commit: str
+    parts: list[Part]
+    after: int = -1
+    incremental: bool = False
+    run: str = ""
+
+
+class Distributed(msgspec.Struct, frozen=True, kw_only=True):
+    """A version that many processes add to, as ``distributed/<id>.json`` holds it. ``parts`` are those of the version that is
+    open; ``closing`` is one that a process is finishing, or died over. ``last`` is the newest version that came of it."""
+
+    id: str
+    type: str
+    algorithm: str = BLAKE3
+    parts: list[Part] = []
+    closing: Closing | None = None
+    last: str = ""
+    created_at: str
+    updated_at: str
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True):
@@ -189,6 +279,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     name: str = ""
     job_type: str = ""
+    group: str = ""
     config: dict[str, Any] = {}
     used: list[str] = []
     logged: list[str] = []

@@ -27,6 +27,9 @@ LATEST = "latest"
 _NAME = re.compile(r"[A-Za-z0-9_\-.]+")
 _VERSION = re.compile(r"v(0|[1-9][0-9]*)")
 _TAG = re.compile(r"[-\w]+( +[-\w]+)*")
+REGISTRY = "wandb-registry-"
+"""What the projects that are registries start with."""
+
 _PROJECT_BANNED = set("/\\#?%:\r\n")
 
 
@@ -103,6 +106,11 @@ def check_project(name: str) -> str:
     return _check_namespace("project", name)
 
 
+def is_registry(project: str) -> bool:
+    """Whether a project is a registry: a prefix of its own, and a name."""
+    return project.startswith(REGISTRY) and project != REGISTRY
+
+
 def check_entity(name: str) -> str:
     """``name``, if it can name an entity; the same rule as a project's."""
     return _check_namespace("entity", name)
@@ -135,6 +143,11 @@ def check_type(artifact_type: str, name: str = "") -> str:
     if reserved:
         raise InvalidNameError(f"artifact type {artifact_type!r} is reserved for internal use; choose another type")
     return artifact_type
+
+
+def expires(artifact_type: str) -> bool:
+    """Whether versions of a type may have a time to live: not those that W&B makes by itself."""
+    return artifact_type not in ("run_table", "code", "job") and not artifact_type.startswith("wandb-")
 
 
 def version_number(alias: str) -> int | None:

@@ -52,7 +52,8 @@ class Draft:
     None: no condition. ``base`` is the number of the version it was derived from, for the record. ``retry``: an earlier attempt
     at this commit may have made its version. ``stored`` are contents, by id, that were stored ahead of this commit and are there.
     ``expect_root``: fail with an IntegrityError unless the root directory has this digest. ``number``: the least that the version
-    may have.
+    may have. ``since``: with ``retry``, what an earlier attempt made has a higher number. ``ttl`` None with ``inherit_ttl`` means
+    the entity's, whatever that is at the time.
 
     ``semver``: the semantic version to give it, :data:`~artifactfs.store.semvers.NEXT` for the next one, "" for none unless the
     collection's versions have them. ``always``: make a version also where nothing had changed.
@@ -68,6 +69,7 @@ class Draft:
     tags: Sequence[str] = ()
     aliases: Sequence[str] = ()
     ttl: int | None = None
+    inherit_ttl: bool = True
     run: str = ""
     base: int | None = None
     expect_base: int | None = None
@@ -77,6 +79,7 @@ class Draft:
     number: int = 0
     semver: str = ""
     always: bool = False
+    since: int = -1
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -116,6 +119,21 @@ def publish(store: NativeStore, draft: Draft, report: Report | None = None) -> P
     with _base_explained(store, draft):
         _keep_base(store, draft, root)
     return _create(store, draft, root)
+
+
+def store_folder(store: NativeStore, draft: Draft, report: Report | None = None) -> Dir:
+    """Store what a version of ``draft`` would hold, but make none; returns its root directory, durable. It is collected like what
+    no version refers to, unless a record says that it is a part of one. UsageError and ConflictError as :func:`publish`."""
+    draft = _checked(draft)
+    newest = _fitting(store, draft)[1]
+    store.ensure_format()
+    upload = Upload(store, newest, draft.algorithm, report, draft.stored)
+    try:
+        root = upload.build(draft.folder)
+        upload.flush()
+    finally:
+        upload.close()
+    return root
 
 
 def build_digest(folder: Folder, tree: Tree, algorithm: str = BLAKE3) -> str:
@@ -166,17 +184,14 @@ def _checked(draft: Draft) -> Draft:
 
 def _own(store: NativeStore, draft: Draft) -> Version | None:
     """The version that an earlier attempt of this very commit made."""
-    for version in reversed(_all_versions(store, draft.name)):
-        if version.commit == draft.commit and version.state == "COMMITTED":
-            return version
+    for number in reversed(store.numbers(draft.name)):
+        if number <= draft.since:
+            break
+        with contextlib.suppress(IntegrityError):
+            version = store.any_version(draft.name, number)
+            if version.commit == draft.commit and version.state == "COMMITTED":
+                return version
     return None
-
-
-def _all_versions(store: NativeStore, name: ArtifactName) -> list[Version]:
-    try:
-        return store.versions(name, deleted=True)
-    except NotFoundError:
-        return []
 
 
 def _fitting(store: NativeStore, draft: Draft) -> tuple[str, Version | None]:
@@ -190,9 +205,11 @@ def _fitting(store: NativeStore, draft: Draft) -> tuple[str, Version | None]:
 def _type(store: NativeStore, draft: Draft) -> str:
     """The type of the new version: the collection's."""
     try:
-        known = store.collection(draft.name).type
+        collection = store.collection(draft.name)
     except NotFoundError:
         return draft.type or DEFAULT_TYPE
+    check_sequence(collection)
+    known = collection.type
     if draft.type and draft.type != known:
         raise UsageError(
             f"{draft.name.path} already exists with type {known!r}, not {draft.type!r}; use that type or another name"
@@ -212,6 +229,12 @@ def _semver(store: NativeStore, draft: Draft, newest: Version | None, numbers: S
     for alias in draft.aliases:
         found.check_alias(alias, draft.name)
     return found.choose(draft.semver, draft.name, known.aliases)
+
+
+def check_sequence(collection: Collection) -> None:
+    """UsageError unless versions can be logged to the collection."""
+    if collection.is_portfolio:
+        raise UsageError(f"{collection.path} is a portfolio of links, nothing is logged to it; log elsewhere and link that")
 
 
 def _check_expected(draft: Draft, newest: Version | None) -> None:
@@ -286,6 +309,9 @@ def _create(store: NativeStore, draft: Draft, root: Dir) -> Published:
         unchanged = _unchanged(store, draft, newest, root)
         if unchanged is not None:
             return unchanged
+        own = _own(store, draft) if draft.retry else None
+        if own is not None:  # made by another process that carries on the same commit
+            return Published(_point_aliases(store, draft, own), True)
         semver = _semver(store, draft, newest, numbers)
         version = _version(draft, kind, max(draft.number, numbers[-1] + 1 if numbers else 0), root, digest, semver)
         if store.create_version(version):
@@ -309,6 +335,7 @@ def _version(draft: Draft, kind: str, number: int, root: Dir, digest: str, semve
         metadata=dict(draft.metadata or {}),
         tags=list(draft.tags),
         ttl=draft.ttl,
+        ttl_inherited=draft.ttl is None and draft.inherit_ttl,
         run=draft.run,
         commit=draft.commit,
         base=draft.base,
@@ -320,15 +347,27 @@ def _version(draft: Draft, kind: str, number: int, root: Dir, digest: str, semve
 
 def _point_aliases(store: NativeStore, draft: Draft, version: Version) -> Version:
     """Let the draft's aliases, and ``latest`` unless a newer version has it, point to ``version``. NotFoundError if that was
-    deleted meanwhile."""
+    deleted meanwhile; ConflictError, and the version is deleted, if its name has just become a portfolio's."""
 
     own = {version.semver: version.number} if version.semver else {}
 
     def point(collection: Collection) -> Collection:
+        if collection.is_portfolio:
+            raise ConflictError(f"{collection.path} has just become a portfolio of links; log to another name")
         aliases = dict(collection.aliases)
         aliases.update(dict.fromkeys(draft.aliases, version.number))
         aliases[LATEST] = max(version.number, collection.aliases.get(LATEST, -1))
         return msgspec.structs.replace(collection, aliases=aliases, semver={**collection.semver, **own})
 
-    store.update_collection(draft.name, point)
-    return version
+    try:
+        collection = store.update_collection(draft.name, point)
+    except ConflictError:
+        store.update_version(
+            draft.name.at(version.name), lambda it: msgspec.structs.replace(it, state="DELETED", deleted_at=now())
+        )
+        raise
+    if collection.type == version.type:
+        return version
+    # the collection's type was changed between our look at it and the version
+    kind = collection.type
+    return store.update_version(draft.name.at(version.name), lambda it: msgspec.structs.replace(it, type=kind))

@@ -7,7 +7,7 @@ import logging
 import os
 import secrets
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -23,7 +23,16 @@ from artifactfs.errors import (
     UsageError,
     also,
 )
-from artifactfs.names import LATEST, check_alias, check_entity, check_metadata, check_new_alias, check_project, check_tags
+from artifactfs.names import (
+    LATEST,
+    ArtifactName,
+    check_alias,
+    check_entity,
+    check_metadata,
+    check_new_alias,
+    check_project,
+    check_tags,
+)
 from artifactfs.session import Session
 from artifactfs.store.native import now
 
@@ -49,9 +58,8 @@ class Run:
     Its record is in the store from the start, so that lineage can point to it. Threads may share a run.
     """
 
-    def __init__(self, opened: Session, record: model.Run, group: str = "") -> None:
+    def __init__(self, opened: Session, record: model.Run) -> None:
         self.config = Config(record.config)
-        self.group = group
         self._session = opened
         self._record = record
         self._lock = threading.Lock()
@@ -87,6 +95,11 @@ class Run:
     def job_type(self) -> str:
         return self._record.job_type
 
+    @property
+    def group(self) -> str:
+        """The group it was given, by default the id of the distributed versions that it adds to."""
+        return self._record.group
+
     def log_artifact(
         self,
         artifact_or_path: Artifact | PathLike,
@@ -102,22 +115,98 @@ class Run:
         ``latest`` and ``aliases`` point to the version; where nothing had changed against the newest one, to that. ValueError
         for names that cannot be and for the type of an existing collection; nothing is done then.
         """
-        self._check_running("log_artifact")
-        self._take_config()
-        given = _check_new_aliases(aliases)
         checked = check_tags([tags] if isinstance(tags, str) else tags or [])
-        artifact = self._artifact(artifact_or_path, name, type)
-        artifact._final = True
-        destination = artifact._destination(self._session, self.entity, self.project)
-        lane = f"{self._session.store.url} {destination.path}"
 
-        def work() -> None:
+        def work(artifact: Artifact, destination: ArtifactName, given: list[str]) -> None:
             artifact._publish(self._session, destination, given, checked, self.path)
             self._save(logged=[artifact.source_qualified_name])
 
-        artifact._commit = commits.submit(lane, destination.path, work)
+        return self._submit("log_artifact", artifact_or_path, name, type, aliases, work)
+
+    def upsert_artifact(
+        self,
+        artifact_or_path: Artifact | PathLike,
+        name: str | None = None,
+        type: str | None = None,
+        aliases: Sequence[str] | None = None,
+        distributed_id: str | None = None,
+    ) -> Artifact:
+        """Add an artifact as a part of a version that many runs make together, in the background. It stays a draft: ``wait()``
+        returns once the part is stored; :meth:`finish_artifact` makes the version.
+
+        ``distributed_id`` (default: the run's group) says which; TypeError if there is neither. After a finish, the next part
+        with that id begins a new version. ValueError for a type or digest algorithm other than the other parts'.
+        """
+        id = self._check_distributed_id("upsert_artifact", distributed_id)
+
+        def work(artifact: Artifact, destination: ArtifactName, given: list[str]) -> None:
+            artifact._publish_part(self._session, destination, given, self.path)
+
+        return self._submit("upsert_artifact", artifact_or_path, name, type, aliases, work, id)
+
+    def finish_artifact(
+        self,
+        artifact_or_path: Artifact | PathLike,
+        name: str | None = None,
+        type: str | None = None,
+        aliases: Sequence[str] | None = None,
+        distributed_id: str | None = None,
+    ) -> Artifact:
+        """Add the last part, which may be empty, and make everything added to ``distributed_id`` one version, in the background.
+
+        Aliases, tags and metadata of all parts are put together, the last one's winning. A path that two parts give different
+        contents is a ConflictError from ``wait()``: no version is made, and the parts are dropped. Otherwise as
+        :meth:`upsert_artifact`.
+        """
+        id = self._check_distributed_id("finish_artifact", distributed_id)
+
+        def work(artifact: Artifact, destination: ArtifactName, given: list[str]) -> None:
+            artifact._publish_last_part(self._session, destination, given, self.path)
+            self._save(logged=[artifact.source_qualified_name])
+
+        return self._submit("finish_artifact", artifact_or_path, name, type, aliases, work, id)
+
+    def link_artifact(self, artifact: Artifact, target_path: str, aliases: Sequence[str] | str | None = None) -> Artifact:
+        """Link an artifact, which is logged by this run first if it is a draft, into the portfolio
+        ``[[entity/]project/]collection`` or ``wandb-registry-<registry>/<collection>``; returns the link. See
+        ``Artifact.link``."""
+        self._check_running("link_artifact")
+        if artifact.is_draft() and artifact._commit is None:
+            self.log_artifact(artifact)
+        artifact.wait()
+        return artifact._link(target_path, aliases, self.path, self.entity, self.project)
+
+    def _submit(
+        self,
+        member: str,
+        artifact_or_path: Artifact | PathLike,
+        name: str | None,
+        type: str | None,
+        aliases: Sequence[str] | None,
+        work: Callable[[Artifact, ArtifactName, list[str]], None],
+        distributed_id: str | None = None,
+    ) -> Artifact:
+        """Do ``work`` for an artifact in the background, after what was submitted to its collection before."""
+        self._check_running(member)
+        self._take_config()
+        given = _check_new_aliases(aliases)
+        artifact = self._artifact(artifact_or_path, name, type)
+        if distributed_id is not None and artifact._logged is not None:
+            raise UsageError(f"{artifact.name} is logged already, so it is no part of a version to come; use new_draft()")
+        artifact._final = True
+        destination = artifact._destination(self._session, self.entity, self.project)
+        if distributed_id is not None:
+            artifact._distributed_id = distributed_id
+        lane = f"{self._session.store.url} {destination.path}"
+        artifact._commit = commits.submit(lane, destination.path, lambda: work(artifact, destination, given))
         self._logged.append(artifact)
         return artifact
+
+    def _check_distributed_id(self, member: str, given: str | None) -> str:
+        id = given or self.group
+        if not id:
+            raise TypeError(f"'Run.{member}' needs a distributed_id, or a run with a group: init(group=…)")
+        return _check_id(id, "distributed_id")
 
     def use_artifact(
         self,
@@ -141,6 +230,8 @@ class Run:
         if type is not None and artifact.type != type:
             raise UsageError(f"{artifact.name} has type {artifact.type!r}, not {type!r}")
         if artifact.is_draft():
+            if artifact._distributed_id is not None:
+                raise UsageError(f"{artifact.name} is a part of a version that is not finished; finish_artifact makes it one")
             self.log_artifact(artifact, aliases=given).wait()
         elif given:
             artifact.aliases = [*artifact.aliases, *given]
@@ -203,7 +294,7 @@ class Run:
             raise UsageError(
                 f"{source.version.qualified_name} is in {source.session.store.url}, not in the run's store; copy it first"
             )
-        self._save(used=[source.version.qualified_name])
+        self._save(used=[source.version.origin.qualified_name])
         self._session.store.mark_used(source.version, self._record)
 
     def _take_config(self) -> None:
@@ -250,12 +341,13 @@ def init(
         id=_check_id(id) if id is not None else secrets.token_hex(4),
         name=name or "",
         job_type=job_type or "",
+        group=group or "",
         config=_plain_config(config or {}),
         created_at=now(),
         updated_at=now(),
     )
     opened.store.ensure_format()
-    run = Run(opened, _continued(opened, record) if id is not None else record, group or "")
+    run = Run(opened, _continued(opened, record) if id is not None else record)
     run._save()
     session.active_runs.append(run)
     return run
@@ -285,6 +377,7 @@ def _continued(opened: Session, record: model.Run) -> model.Run:
         stored,
         name=record.name or stored.name,
         job_type=record.job_type or stored.job_type,
+        group=record.group or stored.group,
         config=stored.config | record.config,
     )
 
@@ -303,11 +396,11 @@ def _check_new_aliases(aliases: Sequence[str] | str | None) -> list[str]:
     return [check_new_alias(alias) for alias in dict.fromkeys(given) if alias != LATEST]
 
 
-def _check_id(id: str) -> str:
+def _check_id(id: str, what: str = "run id") -> str:
     try:
         return check_alias(id)
     except InvalidNameError:
-        raise InvalidNameError(f"run id {id!r} must be 1 to 128 printable characters without / and :") from None
+        raise InvalidNameError(f"{what} {id!r} must be 1 to 128 printable characters without / and :") from None
 
 
 def _plain_config(config: Mapping[str, Any]) -> dict[str, Any]:

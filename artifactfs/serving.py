@@ -30,7 +30,7 @@ from artifactfs.errors import ArtifactFSError, ConflictError, MountError, NotFou
 from artifactfs.model import BLAKE3, Version
 from artifactfs.mount import FOREVER, Options, Session
 from artifactfs.names import ArtifactName
-from artifactfs.publish import Progress, Published
+from artifactfs.publish import Progress, Published, check_sequence
 from artifactfs.reader import BUDGET, Reader
 from artifactfs.registry import MountRecord, MountRequest, Registry
 from artifactfs.staging import Stage, StageSpec, left_out_warning, read_spec
@@ -422,9 +422,11 @@ def _check_type(given: str, store: Store, name: ArtifactName) -> None:
     if given:
         names.check_type(given, name.collection)
     try:
-        known = store.collection(name).type
+        collection = store.collection(name)
     except NotFoundError:
         return
+    check_sequence(collection)
+    known = collection.type
     if given and known != given:
         raise UsageError(f"{name.path} already exists with type {known!r}, not {given!r}; use that type or another name")
 

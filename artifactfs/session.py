@@ -10,7 +10,8 @@ from typing import Any, Protocol
 from artifactfs import settings as _settings
 from artifactfs.cache import BlockCache
 from artifactfs.errors import UsageError
-from artifactfs.names import ArtifactName, check_entity, parse
+from artifactfs.links import parse_name
+from artifactfs.names import ArtifactName, check_entity
 from artifactfs.reader import Reader
 from artifactfs.settings import Settings
 from artifactfs.store.native import NativeStore
@@ -51,8 +52,9 @@ class Session:
         return self.settings.project or DEFAULT_PROJECT
 
     def parse(self, name: str, entity: str = "", project: str = "") -> ArtifactName:
-        """A name with its defaults: those given, then those of the settings. InvalidNameError."""
-        return parse(name, entity or self.entity, project or self.project)
+        """A name with its defaults: those given, then those of the settings; a registry's is in the entity's organization.
+        InvalidNameError."""
+        return parse_name(self.store, name, entity or self.entity, project or self.project)
 
 
 class ActiveRun(Protocol):

@@ -13,7 +13,7 @@ from artifactfs.cli import arguments, output
 from artifactfs.cli.output import Column
 from artifactfs.cli.session import Session, command, pass_session
 from artifactfs.errors import NotFoundError, UsageError
-from artifactfs.model import Collection, Dir, Entry, File, Run, Symlink, Version
+from artifactfs.model import Collection, Dir, Entry, File, LinkedVersion, Symlink, Version
 from artifactfs.names import LATEST, ArtifactName
 from artifactfs.store import Store
 from artifactfs.store.urls import open_store
@@ -46,6 +46,8 @@ def version_document(version: Version, aliases: list[str]) -> dict[str, Any]:
         "created_at": version.created_at,
         "updated_at": version.updated_at,
         "ttl": version.ttl,
+        "ttl_inherited": version.ttl_inherited,
+        "source": version.origin.qualified_name if isinstance(version, LinkedVersion) else None,
         "base": None if version.base is None else f"v{version.base}",
         "run": version.run or None,
     }
@@ -81,7 +83,8 @@ def _info(document: dict[str, Any]) -> tuple[dict[str, Any], Iterator[str]]:
         "digest": f"{document['digest']} ({document['digest_algorithm']})",
         "size": f"{output.size(document['size'])} in {output.count(document['file_count'], 'file')}",
         "created": f"{output.moment(document['created_at'])} UTC",
-        "ttl": output.duration(document["ttl"]),
+        "ttl": "inherited" if document["ttl_inherited"] else output.duration(document["ttl"]),
+        **({"source": document["source"]} if document["source"] else {}),
         "base": document["base"] or "none",
         "run": document["run"] or "none",
         "description": document["description"] or "none",
@@ -191,7 +194,7 @@ def _completed(session: Session, name: str) -> bool:
 
 def _collection_document(collection: Collection) -> dict[str, Any]:
     return {
-        "kind": "collection",
+        "kind": "portfolio" if collection.is_portfolio else "collection",
         "name": collection.path,
         "type": collection.type,
         "latest": f"v{collection.aliases[LATEST]}" if LATEST in collection.aliases else None,
@@ -205,7 +208,7 @@ def _collection_document(collection: Collection) -> dict[str, Any]:
 
 def _list_level(session: Session, rows: list[dict[str, Any]]) -> None:
     columns = [Column("NAME", lambda row: row["name"])]
-    if rows and rows[0]["kind"] == "collection":
+    if rows and rows[0]["kind"] in ("collection", "portfolio"):
         columns += [
             Column("TYPE", lambda row: row["type"]),
             Column("LATEST", lambda row: row["latest"] or "none"),
@@ -321,7 +324,7 @@ def tag_command(session: Session, name: str, action: str, tags: tuple[str, ...])
 @click.argument("name")
 @click.option("--description", metavar="TEXT", help='The new description; "" for none.')
 @click.option("--metadata", "metadata_text", metavar="JSON|@FILE", help="The new metadata, in place of the old.")
-@click.option("--ttl", metavar="30d|none", help="Expire so long after creation; none: never.")
+@click.option("--ttl", metavar="30d|none|inherit", help="Expire so long after creation; none: never.")
 @pass_session
 def describe_command(session: Session, name: str, description: str | None, metadata_text: str | None, ttl: str | None) -> None:
     """Change the description, metadata or time to live of the version NAME."""
@@ -331,11 +334,15 @@ def describe_command(session: Session, name: str, description: str | None, metad
     if metadata_text is not None:
         changes["metadata"] = arguments.metadata(metadata_text)
     if ttl is not None:
-        changes["ttl"] = None if ttl == "none" else arguments.ttl(ttl)
+        changes["ttl"] = None if ttl in ("none", "inherit") else arguments.ttl(ttl)
+        changes["ttl_inherited"] = ttl == "inherit"
     if not changes:
         raise UsageError(_NO_CHANGE)
     store = open_store(session.settings.store)
-    version = store.update_version(session.name(name), lambda it: msgspec.structs.replace(it, **changes))
+    parsed = session.name(name)
+    if changes.get("ttl") is not None and store.in_registry(store.version(parsed)):
+        raise UsageError(f"{parsed} is linked to a registry, where nothing expires: a TTL cannot be set")
+    version = store.update_version(parsed, lambda it: msgspec.structs.replace(it, **changes))
     session.result(*_info(describe_version(store, version)))
 
 
@@ -350,81 +357,5 @@ def delete_command(session: Session, name: str, delete_aliases: bool) -> None:
         raise UsageError(f"say which version of {parsed.path} to delete, as in {parsed.path}:v0")
     store = open_store(session.settings.store)
     version = store.delete_version(parsed, delete_aliases)
-    session.result(version_document(version, []), f"deleted {version.qualified_name}")
-
-
-# --- runs ----------------------------------------------------------------------------------------
-
-
-@command("runs")
-@click.argument("prefix", metavar="ENTITY/PROJECT", default="")
-@pass_session
-def runs_command(session: Session, prefix: str) -> None:
-    """List the runs of a project; without one, of the default entity and project."""
-    entity, project = _project(session, prefix)
-    session.rows(
-        map(_run_document, open_store(session.settings.store).runs(entity, project)),
-        [
-            Column("RUN", lambda row: row["id"]),
-            Column("NAME", lambda row: row["name"]),
-            Column("JOB TYPE", lambda row: row["job_type"]),
-            Column("CREATED", lambda row: output.moment(row["created_at"])),
-            Column("USED", lambda row: str(len(row["used"])), right=True),
-            Column("LOGGED", lambda row: str(len(row["logged"])), right=True),
-        ],
-    )
-
-
-def _project(session: Session, prefix: str) -> tuple[str, str]:
-    """Entity and project from ``[entity/]project`` and the defaults."""
-    parts = names.parse_prefix(prefix)
-    if len(parts) > 2:
-        raise UsageError(f"{prefix!r} names a collection; runs belong to a project: entity/project")
-    entity = parts[0] if len(parts) == 2 else session.settings.entity
-    project = parts[-1] if parts else session.settings.project
-    if not entity or not project:
-        raise UsageError("say which project: entity/project (or set ARTIFACTFS_ENTITY and ARTIFACTFS_PROJECT)")
-    return names.check_entity(entity), names.check_project(project)
-
-
-def _run_document(run: Run) -> dict[str, Any]:
-    return msgspec.to_builtins(run)  # type: ignore[no-any-return]
-
-
-@command("lineage")
-@click.argument("name")
-@pass_session
-def lineage_command(session: Session, name: str) -> None:
-    """Show which run logged the version NAME and from what, and which runs used it and what they logged."""
-    store = open_store(session.settings.store)
-    version = store.version(session.name(name))
-    logged_by = _logging_run(store, version)
-    used_by = store.used_by(version)
-    document = {
-        "name": version.qualified_name,
-        "base": None if version.base is None else f"v{version.base}",
-        "logged_by": _run_document(logged_by) if logged_by else None,
-        "used_by": list(map(_run_document, used_by)),
-    }
-    session.result(document, _lineage(version, logged_by, used_by))
-
-
-def _logging_run(store: Store, version: Version) -> Run | None:
-    if not version.run:
-        return None
-    try:
-        return store.run(version.entity, version.project, version.run.rpartition("/")[2])
-    except NotFoundError:
-        return None
-
-
-def _lineage(version: Version, logged_by: Run | None, used_by: list[Run]) -> Iterator[str]:
-    yield version.qualified_name
-    if version.base is not None:
-        yield f"  made from v{version.base}"
-    if logged_by is not None:
-        yield f"  logged by run {logged_by.path}" + (f", which used {', '.join(logged_by.used)}" if logged_by.used else "")
-    for run in used_by:
-        yield f"  used by run {run.path}" + (f", which logged {', '.join(run.logged)}" if run.logged else "")
-    if version.base is None and logged_by is None and not used_by:
-        yield "  no run logged or used it"
+    done = "unlinked" if isinstance(version, LinkedVersion) else "deleted"
+    session.result(version_document(version, []), f"{done} {version.qualified_name}")

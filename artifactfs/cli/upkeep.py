@@ -93,6 +93,7 @@ def gc_command(session: Session, dry_run: bool, grace: str) -> None:
     done = maintenance.gc(store, dry_run=dry_run, grace=seconds)
     removed = f"{output.count(done.removed, 'object')} ({output.size(done.bytes)})"
     lines = [f"{'would expire' if dry_run else 'expired'} {name}" for name in done.expired]
+    lines += [f"{'would give up' if dry_run else 'gave up'} the parts of {name}" for name in done.abandoned]
     lines.append(f"{'would remove' if dry_run else 'removed'} {removed}; {done.kept:,} in use, {done.young:,} too young to judge")
     session.result({**dataclasses.asdict(done), "dry_run": dry_run}, lines)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
-from artifactfs.model import Collection, Extent, File, Run, Version
+from artifactfs.model import Collection, Extent, File, LinkedVersion, Run, Version
 from artifactfs.names import ArtifactName
 from artifactfs.references import Source
 from artifactfs.tree import Tree
@@ -48,7 +48,7 @@ class Store(Protocol):
 
     def version(self, name: ArtifactName) -> Version:
         """The version that ``name``'s alias (``v3``, ``best``; none means ``latest``) names. NotFoundError says which part is
-        missing, and for a deleted version that it was deleted."""
+        missing, and for a deleted version that it was deleted. In a portfolio it is a LinkedVersion."""
 
     def local_content(self, file: File) -> LocalContent | None:
         """The content of ``file`` read from local disk with every block checked, or None if this store is not local."""
@@ -69,11 +69,18 @@ class Store(Protocol):
         """Apply ``change`` atomically: it is called again with the newest state if another write came first."""
 
     def update_version(self, name: ArtifactName, change: Callable[[Version], Version]) -> Version:
-        """Apply ``change`` to a version's changeable fields atomically, as above. The alias must be ``v<n>`` or an alias."""
+        """Apply ``change`` to a version's changeable fields atomically, as above; of a link to those of its source. The alias
+        must be ``v<n>`` or an alias."""
 
     def delete_version(self, name: ArtifactName, delete_aliases: bool = False) -> Version:
         """Mark a version deleted. ConflictError if it has aliases besides ``latest`` and ``delete_aliases`` is False.
-        ``latest`` moves to the highest version left, or goes."""
+        ``latest`` moves to the highest version left, or goes. Links to it go with it; a link is only taken away itself."""
+
+    def links_of(self, version: Version) -> list[LinkedVersion]:
+        """The links that lead to what was logged as ``version``, in order of their names."""
+
+    def ttl_of(self, version: Version) -> int | None:
+        """The seconds after its creation at which the version expires, inherited or its own; None for never."""
 
     def mark_used(self, version: Version, run: Run) -> None:
         """Record that ``run`` used ``version``. Idempotent."""

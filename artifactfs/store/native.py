@@ -7,11 +7,18 @@
     catalog/<entity>/<project>/<collection>/collection.json            type, description, tags, aliases (compare-and-swap)
     catalog/<entity>/<project>/<collection>/versions/<00000012>.json   one version (create if absent; then compare-and-swap)
     catalog/<entity>/<project>/<collection>/used/<00000012>/<entity>/<project>/<run>   lineage marks
-    runs/<entity>/<project>/<run>.json
+    catalog/<entity>/<project>/<collection>/linked/<00000012>/<entity>/<project>/<collection>   where it may be linked
+    catalog/<entity>/<project>/<collection>/distributed/<id>.json      parts of versions to come (compare-and-swap)
+    runs/<entity>/<project>/<run>.json                                 (compare-and-swap)
+    entities/<entity>.json                                             its settings (compare-and-swap)
 
 A version exists once its file does. ``collection.json`` comes after it and may be missing or behind where a commit died in
 between: a collection without it is the one its versions describe, and the next commit mends it. A record that does not say what
 its key says is an IntegrityError; listings pass over it with a warning, and ``fsck`` reports it.
+
+A portfolio is a ``collection.json`` with links and no versions; all of it changes by one compare-and-swap. A link exists if it is
+there and its source is committed. The marks at the source say only where to look: they are written before the link, and stay.
+Whatever a newer artifactfs has added to a record stays in it when it is changed here.
 """
 
 from __future__ import annotations
@@ -26,18 +33,45 @@ import re
 import threading
 import urllib.parse
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeAlias, TypeVar
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 import msgspec
 from blake3 import blake3
 from cachetools import LRUCache
 
+from artifactfs.attempts import Races
 from artifactfs.cache import BlockCache
 from artifactfs.cache.records import Records
 from artifactfs.content import DIGEST_SIZE, MAX_CONTENT, CheckedBlocks, check_block_list
 from artifactfs.errors import ConflictError, IntegrityError, InvalidNameError, NotFoundError, StoreFormatError, UsageError
-from artifactfs.model import BLOCK, OBJECT_PACK, Collection, Entry, Extent, File, Page, Ref, Run, Version, block_count
-from artifactfs.names import LATEST, ArtifactName, check_alias, check_collection, check_entity, check_project, version_number
+from artifactfs.model import (
+    BLOCK,
+    OBJECT_PACK,
+    Collection,
+    Distributed,
+    EntitySettings,
+    Entry,
+    Extent,
+    File,
+    Link,
+    LinkedVersion,
+    Page,
+    Ref,
+    Run,
+    Version,
+    block_count,
+)
+from artifactfs.names import (
+    LATEST,
+    ArtifactName,
+    check_alias,
+    check_collection,
+    check_entity,
+    check_project,
+    is_registry,
+    parse,
+    version_number,
+)
 from artifactfs.objects import ABSENT, MAX_RECORD, ObjectStore, object_key, stream
 from artifactfs.packed import PackedContents, Small
 from artifactfs.references import DEADLINE
@@ -63,7 +97,7 @@ _VERSION_FILE = re.compile(r"([0-9]{8,12})\.json")
 
 log = logging.getLogger(__name__)
 
-_Record = TypeVar("_Record", Version, Collection, Run)
+_Record = TypeVar("_Record", Version, Collection, Run, EntitySettings, Distributed)
 Check: TypeAlias = Callable[[str], str]
 
 _LEVELS = (check_entity, check_project, check_collection)
@@ -72,6 +106,14 @@ _LEVELS = (check_entity, check_project, check_collection)
 class _Header(msgspec.Struct):
     format: str
     version: int
+
+
+class _Stored(NamedTuple, Generic[_Record]):
+    """A record as it was read: with what it takes to change it."""
+
+    record: _Record
+    etag: str
+    data: bytes
 
 
 class NativeStore:
@@ -104,7 +146,7 @@ class NativeStore:
         found = []
         for name in self.collection_names(entity, project):
             try:
-                collection, _ = self._collection(ArtifactName(entity, project, name))
+                collection = self._collection(ArtifactName(entity, project, name))[0]
             except IntegrityError as error:
                 log.warning("not listed: %s", error)
                 continue
@@ -136,7 +178,7 @@ class NativeStore:
                 yield from self._misnamed(f"{prefix}{part}/", level + 1)
 
     def collection(self, name: ArtifactName) -> Collection:
-        collection, _ = self._collection(name)
+        collection = self._collection(name)[0]
         if collection is None:
             raise NotFoundError(f"collection {name.path} does not exist in {self.url}{self._nearest(name)}")
         return collection
@@ -145,12 +187,17 @@ class NativeStore:
         found = []
         for number in self.numbers(name):
             try:
-                found.append(self._version(name, number)[0])
+                found.append(self._version(name, number).record)
             except IntegrityError as error:
                 log.warning("not listed: %s", error)
-        if not found:
-            self.collection(name)
-        return [version for version in found if deleted or version.state == "COMMITTED"]
+        committed = [version for version in found if version.state == "COMMITTED"]
+        if not committed:
+            collection = self._collection(name)[0]
+            if collection is not None and collection.is_portfolio:
+                return self._links(collection)
+            if collection is None and not found:
+                self.collection(name)
+        return found if deleted else committed
 
     def version(self, name: ArtifactName) -> Version:
         alias = name.alias or LATEST
@@ -161,11 +208,7 @@ class NativeStore:
             if number is None:
                 known = ", ".join(sorted(collection.aliases)) or "none"
                 raise NotFoundError(f"{name.path} has no alias {alias!r}; its aliases are: {known}")
-        try:
-            version, _ = self._version(name, number)
-        except NotFoundError:
-            self.collection(name)
-            raise NotFoundError(f"{name.path} has no version v{number}") from None
+        version = self.any_version(name, number)
         if version.state != "COMMITTED":
             raise NotFoundError(f"{version.qualified_name} was deleted on {version.deleted_at[:10]}")
         return version
@@ -185,13 +228,24 @@ class NativeStore:
 
     def any_version(self, name: ArtifactName, number: int) -> Version:
         """The version of that number, deleted or not. NotFoundError."""
-        return self._version(name, number)[0]
+        version = None
+        with contextlib.suppress(NotFoundError):
+            version = self._version(name, number).record
+        if version is not None and version.state == "COMMITTED":
+            return version
+        collection = self._collection(name)[0]
+        if collection is not None and collection.is_portfolio and number in collection.links:
+            return self._linked(collection, number)
+        if version is None:
+            self.collection(name)
+            raise NotFoundError(f"{name.path} has no version v{number}")
+        return version
 
     def newest(self, name: ArtifactName, without: int | None = None) -> Version | None:
         """The committed version of the highest number (but ``without``) that can be read, or None."""
         for number in reversed(self.numbers(name)):
             try:
-                version, _ = self._version(name, number)
+                version = self._version(name, number).record
             except IntegrityError as error:
                 log.warning("passed over: %s", error)
                 continue
@@ -205,7 +259,7 @@ class NativeStore:
         if self.objects.swap(_version_key(name, version.number), encode_record(version), ABSENT) is not None:
             return True
         try:
-            return self._version(name, version.number)[0].commit == version.commit
+            return self._version(name, version.number).record.commit == version.commit
         except IntegrityError:
             return False
 
@@ -223,31 +277,40 @@ class NativeStore:
         return self._update_collection(name, checked)
 
     def _update_collection(self, name: ArtifactName, change: Callable[[Collection], Collection]) -> Collection:
+        races = Races()
         while True:
-            collection, etag = self._collection(name)
+            races.enter()
+            collection, stored = self._collection(name)
             if collection is None:
                 self.collection(name)
             assert collection is not None
             changed = change(collection)
-            if changed == collection and etag != ABSENT:
+            if stored is not None and changed == stored.record:
                 return collection
             changed = msgspec.structs.replace(changed, updated_at=now())
-            if self.objects.swap(f"{_folder(name)}/collection.json", encode_record(changed), etag) is not None:
+            if self._swap(f"{_folder(name)}/collection.json", changed, stored):
                 return changed
 
     def update_version(self, name: ArtifactName, change: Callable[[Version], Version]) -> Version:
-        number = self.version(name).number
+        found = self.version(name)
+        source = found.origin
+        name = ArtifactName(source.entity, source.project, source.collection)
+        races = Races()
         while True:
-            version, etag = self._version(name, number)
-            changed = change(version)
-            if changed == version:
-                return version
-            changed = msgspec.structs.replace(changed, updated_at=now())
-            if self.objects.swap(_version_key(name, number), encode_record(changed), etag) is not None:
-                return changed
+            races.enter()
+            stored = self._version(name, source.number)
+            changed = change(stored.record)
+            if changed != stored.record:
+                changed = msgspec.structs.replace(changed, updated_at=now())
+                if not self._swap(_version_key(name, source.number), changed, stored):
+                    continue
+            return _as_link(found, changed) if isinstance(found, LinkedVersion) else changed
 
     def delete_version(self, name: ArtifactName, delete_aliases: bool = False) -> Version:
         version = self.version(name)
+        if isinstance(version, LinkedVersion):
+            self.unlink(name)
+            return version
 
         def drop(collection: Collection) -> Collection:
             held = [alias for alias, number in collection.aliases.items() if number == version.number and alias != LATEST]
@@ -265,24 +328,226 @@ class NativeStore:
             name.at(version.name), lambda it: msgspec.structs.replace(it, state="DELETED", deleted_at=now())
         )
         self._update_collection(name, lambda collection: self._without(collection, version.number))
+        for link in self._marked(version):
+            self._forget_source(link, version)
         return deleted
 
     def _without(self, collection: Collection, gone: int) -> Collection:
-        """The collection without aliases of version ``gone``; ``latest`` moves to the highest one left."""
+        """The collection without aliases, and links, of version ``gone``; ``latest`` moves to the highest one left."""
         aliases = {alias: number for alias, number in collection.aliases.items() if number != gone}
-        highest = self.newest(ArtifactName(collection.entity, collection.project, collection.name), without=gone)
-        if LATEST not in aliases and highest is not None:
-            aliases[LATEST] = highest.number
-        return msgspec.structs.replace(collection, aliases=aliases, updated_at=now())
+        links = {number: link for number, link in collection.links.items() if number != gone}
+        if LATEST not in aliases:
+            if collection.is_portfolio:
+                highest = max(links, default=None)
+            else:
+                newest = self.newest(ArtifactName(collection.entity, collection.project, collection.name), without=gone)
+                highest = newest.number if newest else None
+            if highest is not None:
+                aliases[LATEST] = highest
+        return msgspec.structs.replace(collection, aliases=aliases, links=links, updated_at=now())
+
+    def delete_collection(self, name: ArtifactName, delete_aliases: bool = True) -> None:
+        """Delete a collection: a portfolio with its links, a sequence with all its versions. ConflictError as for them."""
+        collection = self.collection(name)
+        if not collection.is_portfolio:
+            held = sorted(set(collection.aliases) - {LATEST})
+            if held and not delete_aliases:
+                raise ConflictError(f"{name.path} has versions with the aliases {', '.join(held)}; pass delete_aliases=True")
+            for version in self.versions(name):
+                with contextlib.suppress(NotFoundError):  # by somebody else, a moment ago
+                    self.delete_version(name.at(version.name), delete_aliases=True)
+        with contextlib.suppress(NotFoundError):
+            self._update_collection(
+                name, lambda it: msgspec.structs.replace(it, state="DELETED", aliases={}, links={}, tags=[], description=None)
+            )
+
+    # Links
+
+    def link(
+        self, version: Version, target: ArtifactName, aliases: Sequence[str] = (), run: str = "", description: str | None = None
+    ) -> LinkedVersion:
+        """Make a version, or what a link leads to, a member of the portfolio ``target``, which is made if it is not there.
+
+        It gets the next number, ``latest`` and ``aliases``; one that is a member already keeps its number, and gets the aliases.
+        UsageError for a collection that versions are logged to, or of another type. ``description`` is of a new portfolio.
+        """
+        source = version.origin
+        if target.path == f"{source.entity}/{source.project}/{source.collection}":
+            raise UsageError(f"{source.qualified_name} cannot be linked to its own collection; name another target")
+        check_entity(target.entity)
+        check_project(target.project)
+        check_collection(target.collection)
+        self.ensure_format()
+        self.objects.swap(_linked_mark(source, target), msgspec.json.encode({"collection": target.path, "at": now()}), ABSENT)
+        key = f"{_folder(target)}/collection.json"
+        races = Races()
+        while True:
+            races.enter()
+            collection, stored = self._collection(target)
+            known = collection
+            if known is None:
+                numbers = self.numbers(target)  # of versions that were deleted
+                least = max(numbers[-1] + 1 if numbers else 0, stored.record.next_link if stored else 0)
+                known = _new_portfolio(target, source, least, description)
+            _check_takes(known, source)
+            changed, number = _with_link(known, source, aliases, run)
+            if (stored is not None and changed == stored.record) or self._swap(key, changed, stored):
+                break
+        newest = self.newest(target) if collection is None else None
+        if newest is not None:  # a version was logged to that name at the same moment
+            self._give_way(target, newest.number)
+            raise ConflictError(f"{target.path} has just become a collection of versions; link to another name")
+        made = self._linked(changed, number)
+        if made.state != "COMMITTED":
+            self._forget_source(target, source)
+            raise NotFoundError(f"{source.qualified_name} was deleted meanwhile, so it is not linked")
+        return made
+
+    def _give_way(self, name: ArtifactName, newest: int) -> None:
+        """Turn a portfolio that was made beside a version of that name into the collection of that."""
+
+        def change(collection: Collection) -> Collection:
+            if not collection.is_portfolio:
+                return collection
+            return msgspec.structs.replace(collection, kind="SEQUENCE", links={}, aliases={LATEST: newest})
+
+        self._update_collection(name, change)
+
+    def unlink(self, name: ArtifactName) -> LinkedVersion:
+        """Take a link out of its portfolio, with its aliases there; returns it as it was. UsageError if it is none."""
+        version = self.version(name)
+        if not isinstance(version, LinkedVersion):
+            raise UsageError(f"{version.qualified_name} is no link but a version that was logged; delete removes it")
+        self._update_collection(name, lambda collection: self._without(collection, version.number))
+        return version
+
+    def links_of(self, version: Version) -> list[LinkedVersion]:
+        """The links that lead to what was logged as ``version``, in order of their names."""
+        found = []
+        for name in self._marked(version.origin):
+            try:
+                collection = self._collection(name)[0]
+            except IntegrityError as error:
+                log.warning("not listed: %s", error)
+                continue
+            for number, link in sorted(collection.links.items()) if collection is not None else ():
+                if link.source == version.origin.qualified_name:
+                    found.append(self._linked(collection, number))  # type: ignore[arg-type]  # not None: it has links
+        return found
+
+    def in_registry(self, version: Version) -> bool:
+        """Whether a registry has a link to the version."""
+        return any(is_registry(link.project) for link in self.links_of(version))
+
+    def _links(self, collection: Collection) -> list[Version]:
+        """The members of a portfolio whose sources are there."""
+        found: list[Version] = []
+        for number in sorted(collection.links):
+            try:
+                version = self._linked(collection, number)
+            except (NotFoundError, IntegrityError) as error:
+                log.warning("not listed: %s", error)
+                continue
+            if version.state == "COMMITTED":
+                found.append(version)
+        return found
+
+    def _linked(self, collection: Collection, number: int) -> LinkedVersion:
+        link = collection.links[number]
+        name, at = _source_of(link)
+        if at is None:
+            raise IntegrityError(f"{collection.path}:v{number} in {self.url} is a link to {link.source!r}, which is no version")
+        version = self._version(name, at).record
+        own = {"entity": collection.entity, "project": collection.project, "collection": collection.name, "number": number}
+        fields = {field: getattr(version, field) for field in Version.__struct_fields__}
+        return LinkedVersion(**{**fields, **own}, source=version, linked_at=link.linked_at)
+
+    def _marked(self, version: Version) -> list[ArtifactName]:
+        """Where links to a version may be."""
+        prefix = _linked_marks(version)
+        parts = (info.key.removeprefix(prefix).split("/") for info in self.objects.scan(prefix))
+        return sorted((ArtifactName(*map(_unquote, mark)) for mark in parts if len(mark) == 3), key=str)
+
+    def _forget_source(self, target: ArtifactName, source: Version) -> None:
+        """Take all links to ``source`` out of a portfolio."""
+
+        def drop(collection: Collection) -> Collection:
+            for number, link in collection.links.items():
+                if link.source == source.qualified_name:
+                    collection = self._without(collection, number)
+            return collection
+
+        with contextlib.suppress(NotFoundError):
+            self._update_collection(target, drop)
+
+    # Settings of entities
+
+    def entity_settings(self, entity: str) -> EntitySettings:
+        """What is set for an entity; the defaults where nothing is."""
+        try:
+            return self._get(_entity_key(entity), EntitySettings).record
+        except NotFoundError:
+            return EntitySettings(entity=entity, created_at="", updated_at="")
+
+    def update_entity(self, entity: str, change: Callable[[EntitySettings], EntitySettings]) -> EntitySettings:
+        """Apply ``change`` atomically, as :meth:`update_collection` does."""
+        check_entity(entity)
+        self.ensure_format()
+        races = Races()
+        while True:
+            races.enter()
+            try:
+                stored = self._get(_entity_key(entity), EntitySettings)
+            except NotFoundError:
+                stored = None
+            known = stored.record if stored else EntitySettings(entity=entity, created_at=now(), updated_at="")
+            changed = msgspec.structs.replace(change(known), updated_at=now())
+            if self._swap(_entity_key(entity), changed, stored):
+                return changed
+
+    def ttl_of(self, version: Version) -> int | None:
+        """The seconds after its creation at which the version expires; None for never. A registry's are not expired."""
+        source = version.origin
+        return self.entity_settings(source.entity).default_ttl if source.ttl is None and source.ttl_inherited else source.ttl
+
+    # Versions that many processes add to
+
+    def distributed(self, name: ArtifactName, id: str) -> Distributed | None:
+        """The distributed version ``id`` of a collection, if anything was ever added to it."""
+        try:
+            return self._get(_distributed_key(name, id), Distributed).record
+        except NotFoundError:
+            return None
+
+    def update_distributed(self, name: ArtifactName, id: str, change: Callable[[Distributed | None], Distributed]) -> Distributed:
+        """Apply ``change`` atomically: it is called again with the newest state if another write came first."""
+        key = _distributed_key(name, id)
+        races = Races()
+        while True:
+            races.enter()
+            try:
+                stored = self._get(key, Distributed)
+            except NotFoundError:
+                stored = None
+            changed = change(stored.record if stored else None)
+            if stored is not None and changed == stored.record:
+                return changed
+            changed = msgspec.structs.replace(changed, updated_at=now())
+            if self._swap(key, changed, stored):
+                return changed
+
+    def all_distributed(self, name: ArtifactName) -> list[Distributed]:
+        """What is being added to in a collection, and what was. IntegrityError for a record that cannot be read."""
+        return [self._get(info.key, Distributed).record for info in self.objects.scan(f"{_folder(name)}/distributed/")]
 
     # Runs and lineage
 
     def mark_used(self, version: Version, run: Run) -> None:
-        key = f"{_used_by(version)}{_quote(run.entity)}/{_quote(run.project)}/{_quote(run.id)}"
+        key = f"{_used_by(version.origin)}{_quote(run.entity)}/{_quote(run.project)}/{_quote(run.id)}"
         self.objects.swap(key, msgspec.json.encode({"run": run.path, "at": now()}), ABSENT)
 
     def used_by(self, version: Version) -> list[Run]:
-        prefix = _used_by(version)
+        prefix = _used_by(version.origin)
         marks = (info.key.removeprefix(prefix).split("/") for info in self.objects.scan(prefix))
         found = []
         for entity, project, id in sorted(tuple(map(_unquote, mark)) for mark in marks if len(mark) == 3):
@@ -294,7 +559,7 @@ class NativeStore:
 
     def run(self, entity: str, project: str, id: str) -> Run:
         try:
-            return self._get(_run_key(entity, project, id), Run)[0]
+            return self._get(_run_key(entity, project, id), Run).record
         except NotFoundError:
             raise NotFoundError(f"run {entity}/{project}/{id} does not exist in {self.url}") from None
 
@@ -303,7 +568,7 @@ class NativeStore:
         found = []
         for info in self.objects.scan(prefix):
             try:
-                found.append(self._get(info.key, Run)[0])
+                found.append(self._get(info.key, Run).record)
             except IntegrityError as error:
                 log.warning("not listed: %s", error)
         return sorted(found, key=lambda run: (run.created_at, run.id))
@@ -311,17 +576,16 @@ class NativeStore:
     def save_run(self, run: Run) -> None:
         self.ensure_format()
         key = _run_key(run.entity, run.project, run.id)
+        races = Races()
         while True:
-            merged, etag = run, ABSENT
-            try:
-                stored, etag = self._get(key, Run)
-            except NotFoundError:
-                pass
-            else:
-                used = list(dict.fromkeys([*stored.used, *run.used]))
-                logged = list(dict.fromkeys([*stored.logged, *run.logged]))
-                merged = msgspec.structs.replace(run, used=used, logged=logged, created_at=stored.created_at)
-            if self.objects.swap(key, encode_record(merged), etag) is not None:
+            races.enter()
+            merged, stored = run, None
+            with contextlib.suppress(NotFoundError):
+                stored = self._get(key, Run)
+                used = list(dict.fromkeys([*stored.record.used, *run.used]))
+                logged = list(dict.fromkeys([*stored.record.logged, *run.logged]))
+                merged = msgspec.structs.replace(run, used=used, logged=logged, created_at=stored.record.created_at)
+            if self._swap(key, merged, stored):
                 return
 
     # Contents
@@ -466,12 +730,15 @@ class NativeStore:
         objects = (info.key for info in self.objects.scan("") if not info.key.startswith("tmp/"))
         return next(itertools.chain(folders, objects), None)
 
-    def _collection(self, name: ArtifactName) -> tuple[Collection | None, str]:
+    def _collection(self, name: ArtifactName) -> tuple[Collection | None, _Stored[Collection] | None]:
+        """(the collection, its record). One without a record, or whose record says that it was deleted, is what its versions
+        describe; None if there are none."""
         key = f"{_folder(name)}/collection.json"
         try:
-            collection, etag = self._get(key, Collection)
+            stored = self._get(key, Collection)
         except NotFoundError:
-            return self._described_by_versions(name), ABSENT
+            return self._described_by_versions(name), None
+        collection = stored.record
         if collection.path != name.path:
             raise IntegrityError(f"{key} in {self.url} says that it is {collection.path}")
         try:
@@ -479,9 +746,11 @@ class NativeStore:
                 check_alias(alias)
         except InvalidNameError as error:
             raise IntegrityError(f"{key} in {self.url}: {error}") from None
-        return collection, etag
+        if collection.state == "DELETED":
+            return self._described_by_versions(name, collection.next_link), stored
+        return collection, stored
 
-    def _described_by_versions(self, name: ArtifactName) -> Collection | None:
+    def _described_by_versions(self, name: ArtifactName, next_link: int = 0) -> Collection | None:
         newest = self.newest(name)
         if newest is None:
             return None
@@ -491,13 +760,15 @@ class NativeStore:
             name=name.collection,
             type=newest.type,
             aliases={LATEST: newest.number},
+            next_link=next_link,
             created_at=newest.created_at,
             updated_at=newest.created_at,
         )
 
-    def _version(self, name: ArtifactName, number: int) -> tuple[Version, str]:
+    def _version(self, name: ArtifactName, number: int) -> _Stored[Version]:
         key = _version_key(name, number)
-        version, etag = self._get(key, Version)
+        stored = self._get(key, Version)
+        version = stored.record
         if version.qualified_name != f"{name.path}:v{number}":
             raise IntegrityError(f"{key} in {self.url} says that it is {version.qualified_name}")
         try:
@@ -507,14 +778,19 @@ class NativeStore:
                 seconds(version.deleted_at)
         except ValueError:
             raise IntegrityError(f"{key} in {self.url} has a time that is none") from None
-        return version, etag
+        return stored
 
-    def _get(self, key: str, kind: type[_Record]) -> tuple[_Record, str]:
+    def _get(self, key: str, kind: type[_Record]) -> _Stored[_Record]:
         data, etag = self.objects.get(key)
         try:
-            return msgspec.json.decode(data, type=kind), etag
+            return _Stored(msgspec.json.decode(data, type=kind), etag, data)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise IntegrityError(f"{key} in {self.url} cannot be decoded: {error}") from None
+
+    def _swap(self, key: str, record: _Record, stored: _Stored[_Record] | None) -> bool:
+        """Write ``record`` in place of ``stored``; False if another write came first."""
+        data = encode_record(record, stored.data if stored else b"")
+        return self.objects.swap(key, data, stored.etag if stored else ABSENT) is not None
 
     def _nearest(self, name: ArtifactName) -> str:
         """A hint for a mistyped name."""
@@ -566,15 +842,87 @@ def check_extent(extent: Extent) -> None:
         raise IntegrityError(f"an extent of {object_key(extent.object)} claims {extent.length} bytes at {extent.offset}")
 
 
-def encode_record(record: Version | Collection | Run) -> bytes:
-    """The record as it is stored. UsageError for one that could not be read again."""
+def encode_record(record: Version | Collection | Run | EntitySettings | Distributed, over: bytes = b"") -> bytes:
+    """The record as it is stored; ``over`` is the stored one that it replaces, whose unknown keys it keeps. UsageError for one
+    that could not be read again."""
+    if isinstance(record, LinkedVersion):
+        raise TypeError(f"{record.qualified_name} is a link, which is not stored as a version")
     try:
-        data = msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n"
+        data = msgspec.json.encode(record)
+        if over:
+            data = msgspec.json.encode(_with_unknown(record, msgspec.json.decode(data), msgspec.json.decode(over)))
+        data = msgspec.json.format(data, indent=1) + b"\n"
     except UnicodeEncodeError:
         raise UsageError("a description or name is not valid Unicode, so it cannot be stored") from None
     if len(data) > MAX_RECORD:
         raise UsageError(f"metadata, description and tags take {len(data)} bytes; at most {MAX_RECORD} can be stored: use a file")
     return data
+
+
+def _with_unknown(
+    record: Version | Collection | Run | EntitySettings | Distributed, ours: dict[str, Any], old: dict[str, Any]
+) -> dict[str, Any]:
+    """``ours`` with the keys of ``old`` that this program does not know, in the record and in the links of a portfolio."""
+    known = record.__struct_fields__
+    if isinstance(record, Collection):
+        links = old.get("links") or {}
+        ours["links"] = {number: {**links.get(number, {}), **link} for number, link in ours["links"].items()}
+    return {**{key: value for key, value in old.items() if key not in known}, **ours}
+
+
+def _new_portfolio(name: ArtifactName, source: Version, number: int, description: str | None) -> Collection:
+    return Collection(
+        entity=name.entity,
+        project=name.project,
+        name=name.collection,
+        type=source.type,
+        description=description,
+        kind="PORTFOLIO",
+        next_link=number,
+        created_at=now(),
+        updated_at=now(),
+    )
+
+
+def _check_takes(collection: Collection, source: Version) -> None:
+    """UsageError unless ``source`` may be linked to the collection."""
+    if not collection.is_portfolio:
+        raise UsageError(f"{collection.path} holds versions that were logged to it; links need a collection of their own")
+    if collection.type != source.type:
+        raise UsageError(
+            f"{collection.path} holds links to artifacts of type {collection.type!r}; "
+            f"{source.qualified_name} has type {source.type!r}: link it elsewhere"
+        )
+
+
+def _with_link(collection: Collection, source: Version, aliases: Sequence[str], run: str) -> tuple[Collection, int]:
+    """The portfolio with a link to ``source``, and the number of that."""
+    number = next((at for at, link in collection.links.items() if link.source == source.qualified_name), None)
+    held = dict(collection.aliases)
+    links, following = collection.links, collection.next_link
+    if number is None:
+        number = max(following, max(links, default=-1) + 1)
+        links = {**links, number: Link(source=source.qualified_name, linked_at=now(), run=run)}
+        following = number + 1
+        held[LATEST] = number
+    held.update(dict.fromkeys((alias for alias in aliases if alias != LATEST), number))
+    return msgspec.structs.replace(collection, aliases=held, links=links, next_link=following), number
+
+
+def _source_of(link: Link) -> tuple[ArtifactName, int | None]:
+    """The collection and number that a link leads to; None for what is no name of a version."""
+    try:
+        name = parse(link.source)
+    except InvalidNameError:
+        return ArtifactName("", "", ""), None
+    return name, version_number(name.alias)
+
+
+def _as_link(link: LinkedVersion, source: Version) -> LinkedVersion:
+    """``link`` with its source as it is now."""
+    own = {"entity", "project", "collection", "number"}
+    fields = {field: getattr(source, field) for field in Version.__struct_fields__ if field not in own}
+    return msgspec.structs.replace(link, source=source, **fields)
 
 
 def _quote(part: str) -> str:
@@ -621,6 +969,23 @@ def _folder(name: ArtifactName) -> str:
 def _used_by(version: Version) -> str:
     name = ArtifactName(version.entity, version.project, version.collection)
     return f"{_folder(name)}/used/{version.number:08d}/"
+
+
+def _linked_marks(version: Version) -> str:
+    name = ArtifactName(version.entity, version.project, version.collection)
+    return f"{_folder(name)}/linked/{version.number:08d}/"
+
+
+def _linked_mark(version: Version, target: ArtifactName) -> str:
+    return f"{_linked_marks(version)}{_quote(target.entity)}/{_quote(target.project)}/{_quote(target.collection)}"
+
+
+def _distributed_key(name: ArtifactName, id: str) -> str:
+    return f"{_folder(name)}/distributed/{_quote(id)}.json"
+
+
+def _entity_key(entity: str) -> str:
+    return f"entities/{_quote(entity)}.json"
 
 
 def _version_key(name: ArtifactName, number: int) -> str:

@@ -10,7 +10,7 @@ from artifactfs.errors import OfflineError
 from artifactfs.objects import ObjectInfo, ObjectStore, Writer, stream
 from artifactfs.waiting import about_to_wait
 
-_KEPT = re.compile(r"store\.json|catalog/[^/]+/[^/]+/[^/]+/(collection|versions/[0-9]+)\.json")
+_KEPT = re.compile(r"store\.json|entities/[^/]+\.json|catalog/[^/]+/[^/]+/[^/]+/(collection|versions/[0-9]+)\.json")
 
 
 class RememberedObjects:
