@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from artifactfs.errors import ConflictError, IntegrityError
+from artifactfs.errors import ConflictError, IntegrityError, NotFoundError
 from artifactfs.model import Version
 from artifactfs.names import ArtifactName
 from artifactfs.semver import SemVer, is_semver
@@ -89,7 +89,7 @@ def semvers(store: Records, name: ArtifactName, index: Mapping[str, int], number
             continue
         try:
             own = store.any_version(name, number).semver
-        except IntegrityError as error:
+        except (IntegrityError, NotFoundError) as error:
             log.warning("passed over: %s", error)
             continue
         if not own:
