@@ -217,7 +217,8 @@ class NativeStore:
         """The number that a semantic version or an alias stands for."""
         number = collection.semver.get(alias, collection.aliases.get(alias))
         if number is None and is_semver(alias):
-            number = semvers(self, name, collection.semver, self.numbers(name)).find(alias)
+            numbers = sorted(collection.links) if collection.is_portfolio else self.numbers(name)
+            number = semvers(self, name, collection.semver, numbers).find(alias)
         return number
 
     def numbers(self, name: ArtifactName) -> list[int]:
