@@ -33,6 +33,7 @@ from artifactfs.pack import PACK_TARGET, PackWriter
 from artifactfs.publish import Change, Draft, NewRef, Progress, Report, publish
 from artifactfs.store.large import LargeContent
 from artifactfs.store.native import NativeStore
+from artifactfs.store.semvers import NEXT, semvers
 from artifactfs.store.upload import Index
 from artifactfs.tree import identity
 
@@ -60,10 +61,10 @@ class Copied(NamedTuple):
 def copy(source: NativeStore, target: NativeStore, name: ArtifactName, report: Report | None = None) -> list[Copied]:
     """Copy the version that ``name``'s alias names, or all versions of the collection where it has none, in order.
 
-    A version keeps its number, or gets the next one free in the target where that is higher. Its aliases (which move from other
-    versions there), description, metadata, tags and TTL come with it; the collection's description and tags, where the target's
-    has none. NotFoundError for what is not in ``source``; UsageError for another type of the target's collection, and for one and
-    the same store.
+    A version keeps its number, or gets the next one free in the target where that is higher; its semantic version likewise. Its
+    aliases (which move from other versions there), description, metadata, tags and TTL come with it; the collection's
+    description and tags, where the target's has none. NotFoundError for what is not in ``source``; UsageError for another type
+    of the target's collection, and for one and the same store.
     """
     if source.url == target.url:
         raise UsageError(f"{target.url} is the store that {name.path} is copied from; name another one with --to")
@@ -106,12 +107,26 @@ def _copy_version(
         run=version.run,
         expect_root=version.root.digest,
         number=version.number,
+        semver=_semver(target, name, version),
+        always=bool(version.semver),  # whoever made it made one like the version before it on purpose
     )
     try:
         published = publish(target, draft)
     finally:
         job.close()
     return Copied(published.version, published.created)
+
+
+def _semver(target: NativeStore, name: ArtifactName, version: Version) -> str:
+    """The semantic version of a copy: its own, or where the target has given that to another version the next one."""
+    if not version.semver:
+        return ""
+    try:
+        collection = target.collection(name)
+    except NotFoundError:
+        return version.semver
+    taken = semvers(target, name, collection.semver, target.numbers(name)).find(version.semver) is not None
+    return NEXT if taken or version.semver in collection.aliases else version.semver
 
 
 def _copy_collection(target: NativeStore, name: ArtifactName, theirs: Collection, numbers: dict[int, int]) -> None:

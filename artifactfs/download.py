@@ -54,6 +54,10 @@ _PART = ".afs-part"
 
 Stored: TypeAlias = File | Ref
 Kind = Literal["missing", "extra", "differs", "mode", "unreadable"]
+Existing: TypeAlias = Literal["replace", "keep", "refuse"]
+"""What becomes of a file that is there already and has other content."""
+Select: TypeAlias = Callable[[str, Entry], bool]
+"""Whether a path is wanted; of a directory: whether anything below it is."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -74,17 +78,21 @@ def get(
     report: Report | None = None,
     *,
     allow_missing_references: bool = False,
+    existing: Existing = "replace",
+    select: Select | None = None,
 ) -> Progress:
     """Put the entries whose path starts with the string ``prefix`` into the directory ``root``, which is made if it is missing.
 
-    Other files there are left alone; files that differ are replaced, links in their way too. A directory where a file belongs,
-    or the other way round, is a ConflictError. An entry that cannot be had (damaged, its source changed or gone) does not stop
-    the others: its error is raised at the end. ``allow_missing_references`` passes over references whose target is gone or
-    changed. ``report`` is called from one thread at a time: ``stored`` counts the bytes written, ``bytes`` those that were
-    right before as well.
+    Other files there are left alone; files that differ are replaced, links in their way too, unless ``existing`` is ``keep``
+    (then none is even compared) or ``refuse`` (a ConflictError). ``select`` picks among the entries. A directory where a file
+    belongs, or the other way round, is a ConflictError. An entry that cannot be had (damaged, its source changed or gone) does
+    not stop the others: its error is raised at the end. ``allow_missing_references`` passes over references whose target is
+    gone or changed. ``report`` is called from one thread at a time: ``stored`` counts the bytes written, ``bytes`` those that
+    were right before as well.
     """
     job = _Job(store, reader, version, report)
     job.allow_missing_references = allow_missing_references
+    job.existing, job.select = existing, select
     return job.download(root, prefix)
 
 
@@ -146,6 +154,8 @@ class _Job:
     def __init__(self, store: Store, reader: Reader, version: Version, report: Report | None) -> None:
         self.exact = False
         self.allow_missing_references = False
+        self.existing: Existing = "replace"
+        self.select: Select | None = None
         self._problems: list[Problem] = []
         self._store = store
         self._reader = reader
@@ -254,7 +264,7 @@ class _Job:
             for entry in self._store.tree.entries(folder):
                 inside = _join(path, entry.name)
                 below = isinstance(entry, Dir) and prefix.startswith(inside + "/")
-                if not (below or inside.startswith(prefix)):
+                if not (below or inside.startswith(prefix)) or (self.select is not None and not self.select(inside, entry)):
                     continue
                 if entry.name in ("", ".", "..") or "/" in entry.name or "\0" in entry.name:
                     self._fail(inside, IntegrityError(f"{self._where(inside)} is a hostile name; it is not written"))
@@ -356,6 +366,10 @@ class _Job:
         with contextlib.suppress(OSError):
             if os.readlink(entry.name, dir_fd=fd) == entry.target:
                 return
+        if self.existing != "replace" and _is_there(fd, entry.name):
+            if self.existing == "keep":
+                return
+            raise self._taken(path)
         temporary = f".{secrets.token_hex(8)}{_PART}"
         try:
             os.symlink(entry.target, temporary, dir_fd=fd)
@@ -364,12 +378,17 @@ class _Job:
         self._rename(fd, temporary, path, entry.name)
 
     def _place_file(self, fd: int, path: str, entry: Stored) -> None:
-        if self._is_right(fd, entry):
+        taken = self.existing != "replace" and _is_there(fd, entry.name)
+        if (taken and self.existing == "keep") or self._is_right(fd, entry):
             self._count(1, max(entry.size, 0), 0)
             return
+        if taken and entry.id:  # it was compared by that
+            raise self._taken(path)
         part = _Part(fd, self._part_name(path, entry), entry)
         try:
             self._fill(part, path, entry)
+            if taken and not _same_bytes(fd, entry.name, part.fd):
+                raise self._taken(path)
             self._rename(fd, part.name, path, entry.name)
         except BaseException:
             part.discard()
@@ -377,6 +396,9 @@ class _Job:
         finally:
             part.close()
         self._count(1, 0, 0)
+
+    def _taken(self, path: str) -> ConflictError:
+        return ConflictError(f"{path!r} is there already, and not as {self._version.qualified_name} has it; move it away")
 
     def _is_right(self, fd: int, entry: Stored) -> bool:
         """Whether the file is there and has the very content; its executable bit is then set as the entry says."""
@@ -643,6 +665,26 @@ def _content_id(fd: int) -> bytes:
         hasher.block(data)
         offset += len(data)
     return hasher.finish().id
+
+
+def _is_there(folder: int, name: str) -> bool:
+    """Whether anything has this name, be it a broken link."""
+    try:
+        os.stat(name, dir_fd=folder, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _same_bytes(folder: int, name: str, fd: int) -> bool:
+    """Whether the regular file ``name`` has the bytes of ``fd``."""
+    found = _open_regular(folder, name)
+    if found < 0:
+        return False
+    try:
+        return _content_id(found) == _content_id(fd)
+    finally:
+        os.close(found)
 
 
 def _with_executable(mode: int, executable: bool) -> int:

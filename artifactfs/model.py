@@ -123,7 +123,8 @@ class Version(msgspec.Struct, frozen=True, kw_only=True):
     ``root`` is its tree. ``commit`` is the id of the attempt that made it, so that a repeated attempt recognises its own.
     Only ``state``, ``description``, ``metadata``, ``tags``, ``ttl``, ``ttl_inherited``, ``updated_at`` and ``deleted_at`` ever
     change, and ``type`` with its collection's. Times are ISO 8601 UTC with microseconds and a ``Z``; ``ttl`` is seconds, None for
-    none, or with ``ttl_inherited`` for what the entity's settings say at the time.
+    none, or with ``ttl_inherited`` for what the entity's settings say at the time. ``semver`` is
+    the semantic version it was given, "" for none.
     """
 
     entity: str
@@ -148,6 +149,7 @@ class Version(msgspec.Struct, frozen=True, kw_only=True):
     created_at: str
     updated_at: str
     deleted_at: str = ""
+    semver: str = ""
 
     @property
     def name(self) -> str:
@@ -186,7 +188,7 @@ class Link(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Collection(msgspec.Struct, frozen=True, kw_only=True):
-    """One collection, as ``collection.json`` holds it; ``aliases`` maps each alias to a version number.
+    """One collection, as ``collection.json`` holds it; ``aliases`` maps each alias to a version number, ``semver`` each semantic version.
 
     A portfolio has no versions of its own, but ``links`` by number; ``next_link`` is the number that the next one gets. A deleted
     collection's record stays, so that its numbers are not used again.
@@ -199,6 +201,7 @@ class Collection(msgspec.Struct, frozen=True, kw_only=True):
     description: str | None = None
     tags: list[str] = []
     aliases: dict[str, Count] = {}
+    semver: dict[str, Count] = {}
     kind: Literal["SEQUENCE", "PORTFOLIO"] = "SEQUENCE"
     state: Literal["READY", "DELETED"] = "READY"
     links: dict[Count, Link] = {}

@@ -32,7 +32,9 @@ from artifactfs.names import (
 )
 from artifactfs.objects import object_key
 from artifactfs.store.arrived import Arrived
+from artifactfs.semver import SemVer
 from artifactfs.store.native import NativeStore, encode_record, now
+from artifactfs.store.semvers import NEXT, semvers
 from artifactfs.store.upload import Change, Folder, NewFile, NewRef, Progress, Report, Upload
 from artifactfs.tree import EMPTY, DirUpdate, Tree, forget_page
 
@@ -55,6 +57,9 @@ class Draft:
     may have. ``since``: with ``retry``, what an earlier attempt made has a higher number. ``ttl`` None with ``inherit_ttl`` means
     the entity's, whatever that is at the time. ``notes`` is a directory of this machine to note in what arrived at a remote store,
     for the next attempt.
+
+    ``semver``: the semantic version to give it, :data:`~artifactfs.store.semvers.NEXT` for the next one, "" for none unless the
+    collection's versions have them. ``always``: make a version also where nothing had changed.
     """
 
     name: ArtifactName
@@ -76,6 +81,8 @@ class Draft:
     expect_root: bytes = b""
     number: int = 0
     notes: Path | None = None
+    semver: str = ""
+    always: bool = False
     since: int = -1
 
 
@@ -98,7 +105,8 @@ def publish(store: NativeStore, draft: Draft, report: Report | None = None) -> P
     if own is not None:
         return Published(_point_aliases(store, draft, own), True)
     kind, newest = _fitting(store, draft)
-    encode_record(_version(draft, kind, 0, EMPTY, ""))  # what cannot be stored is refused before anything is
+    semver = _semver(store, draft, newest, store.numbers(draft.name) if draft.semver else [])
+    encode_record(_version(draft, kind, 0, EMPTY, "", semver))  # what cannot be stored is refused before anything is
     store.ensure_format()
     arrived = None if draft.notes is None or store.local else Arrived(draft.notes, store, draft.name)
     stored = {**(arrived.contents() if arrived else {}), **draft.stored}
@@ -167,6 +175,8 @@ def _checked(draft: Draft) -> Draft:
     for alias in draft.aliases:
         if alias != LATEST:
             check_new_alias(alias)
+    if draft.semver not in ("", NEXT):
+        SemVer.parse(draft.semver)
     if draft.type:
         check_type(draft.type, draft.name.collection)
     if draft.ttl is not None and not 0 < draft.ttl <= MAX_TTL:
@@ -216,6 +226,20 @@ def _type(store: NativeStore, draft: Draft) -> str:
     return known
 
 
+def _semver(store: NativeStore, draft: Draft, newest: Version | None, numbers: Sequence[int]) -> str:
+    """The semantic version of a new version after those of ``numbers``. ConflictError for one, or an alias, that is taken."""
+    if not draft.semver and not (newest and newest.semver):
+        return ""
+    try:
+        known = store.collection(draft.name)
+    except NotFoundError:
+        return semvers(store, draft.name, {}, numbers).choose(draft.semver, draft.name, {})
+    found = semvers(store, draft.name, known.semver, numbers)
+    for alias in draft.aliases:
+        found.check_alias(alias, draft.name)
+    return found.choose(draft.semver, draft.name, known.aliases)
+
+
 def check_sequence(collection: Collection) -> None:
     """UsageError unless versions can be logged to the collection."""
     if collection.is_portfolio:
@@ -234,7 +258,7 @@ def _check_expected(draft: Draft, newest: Version | None) -> None:
 
 def _unchanged(store: NativeStore, draft: Draft, newest: Version | None, root: Dir) -> Published | None:
     """The newest version as the result, if its tree is ``root`` and nobody deletes it meanwhile."""
-    if newest is None or newest.root.digest != root.digest:
+    if draft.always or newest is None or newest.root.digest != root.digest:
         return None
     try:
         return Published(_point_aliases(store, draft, newest), False)
@@ -297,12 +321,13 @@ def _create(store: NativeStore, draft: Draft, root: Dir) -> Published:
         own = _own(store, draft) if draft.retry else None
         if own is not None:  # made by another process that carries on the same commit
             return Published(_point_aliases(store, draft, own), True)
-        version = _version(draft, kind, max(draft.number, numbers[-1] + 1 if numbers else 0), root, digest)
+        semver = _semver(store, draft, newest, numbers)
+        version = _version(draft, kind, max(draft.number, numbers[-1] + 1 if numbers else 0), root, digest, semver)
         if store.create_version(version):
             return Published(_point_aliases(store, draft, version), True)
 
 
-def _version(draft: Draft, kind: str, number: int, root: Dir, digest: str) -> Version:
+def _version(draft: Draft, kind: str, number: int, root: Dir, digest: str, semver: str) -> Version:
     time = now()
     return Version(
         entity=draft.name.entity,
@@ -325,6 +350,7 @@ def _version(draft: Draft, kind: str, number: int, root: Dir, digest: str) -> Ve
         base=draft.base,
         created_at=time,
         updated_at=time,
+        semver=semver,
     )
 
 
@@ -332,13 +358,15 @@ def _point_aliases(store: NativeStore, draft: Draft, version: Version) -> Versio
     """Let the draft's aliases, and ``latest`` unless a newer version has it, point to ``version``. NotFoundError if that was
     deleted meanwhile; ConflictError, and the version is deleted, if its name has just become a portfolio's."""
 
+    own = {version.semver: version.number} if version.semver else {}
+
     def point(collection: Collection) -> Collection:
         if collection.is_portfolio:
             raise ConflictError(f"{collection.path} has just become a portfolio of links; log to another name")
         aliases = dict(collection.aliases)
         aliases.update(dict.fromkeys(draft.aliases, version.number))
         aliases[LATEST] = max(version.number, collection.aliases.get(LATEST, -1))
-        return msgspec.structs.replace(collection, aliases=aliases)
+        return msgspec.structs.replace(collection, aliases=aliases, semver={**collection.semver, **own})
 
     try:
         collection = store.update_collection(draft.name, point)

@@ -420,15 +420,20 @@ class BrowseView:
         return self._store.version(ArtifactName(*parts))
 
     def _aliases(self, parts: tuple[str, ...]) -> list[str]:
-        return [alias for alias in _valid(sorted(self._collection(parts).aliases), names.check_alias) if not _is_version(alias)]
+        """The aliases and semantic versions that a collection shows."""
+        collection = self._collection(parts)
+        live = set(self._level(parts)) if collection.semver else set()
+        shown = {*collection.aliases, *(text for text, number in collection.semver.items() if f"v{number}" in live)}
+        return [alias for alias in _valid(sorted(shown), names.check_alias) if not _is_version(alias)]
 
     def _alias(self, parts: tuple[str, ...]) -> str | None:
         """What the symlink that ``parts`` names points to; None if they name none."""
         if len(parts) != 4 or _is_version(parts[3]):
             return None
         self._check(parts[:3])
-        number = self._collection(parts[:3]).aliases.get(parts[3])
-        return None if number is None or parts[3] not in self._aliases(parts[:3]) else f"v{number}"
+        collection = self._collection(parts[:3])
+        number = collection.semver.get(parts[3], collection.aliases.get(parts[3]))
+        return None if number is None or not list(_valid(parts[3:], names.check_alias)) else f"v{number}"
 
     def _view(self, parts: tuple[str, ...]) -> tuple[VersionView, str]:
         """The version that the first four parts name, and the path in it."""

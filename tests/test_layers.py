@@ -18,6 +18,7 @@ PACKAGE = ROOT / "artifactfs"
 IMPORTERS = {
     "fuse": "artifactfs.mount",
     "mfusepy": "artifactfs.mount",
+    "fsspec": "artifactfs.filesystem",
     "click": "artifactfs.cli",
     "rich": "artifactfs.cli",
     "requests": "artifactfs.http",

@@ -31,6 +31,7 @@ def version_document(version: Version, aliases: list[str]) -> dict[str, Any]:
         "project": version.project,
         "collection": version.collection,
         "version": version.name,
+        "semver": version.semver or None,
         "name": version.qualified_name,
         "aliases": aliases,
         "type": version.type,

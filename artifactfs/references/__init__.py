@@ -47,13 +47,14 @@ def expand(
     checksum: bool = True,
     max_objects: int = DEFAULT_MAX_OBJECTS,
     algorithm: str = BLAKE3,
+    keep_empty: bool = False,
 ) -> Iterator[Expanded]:
     """The entries for ``uri``: one, or one for each file of a directory or object of a prefix, in any order, as they are found.
 
     ``name`` is the path of the single entry, or of the directory they go into; "" takes the default of the scheme. With
     ``checksum`` False nothing is read and nothing is pinned. More than ``max_objects`` entries (0: the default) is a
     UsageError, as is a URI that cannot be right; a target that is not there is a NotFoundError. Memory is bounded, but for a
-    local directory's names.
+    local directory's names. ``keep_empty``: empty objects of a prefix are entries, too.
     """
     algorithm = check_algorithm(algorithm)
     name = entry_path(name) if name else ""
@@ -61,7 +62,7 @@ def expand(
     if kind == "file":
         yield from file.expand(uri, name, checksum, max_objects or DEFAULT_MAX_OBJECTS, algorithm)
     elif kind == "bucket":
-        yield from bucket.expand(uri, name, checksum, max_objects or DEFAULT_MAX_OBJECTS)
+        yield from bucket.expand(uri, name, checksum, max_objects or DEFAULT_MAX_OBJECTS, keep_empty)
     elif kind == "web":
         from artifactfs.references import web  # requests costs 0.2 s: only for those who have such references
 

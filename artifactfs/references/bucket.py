@@ -80,7 +80,7 @@ def is_bucket(uri: str) -> bool:
     return scheme in _SCHEMES
 
 
-def expand(uri: str, name: str, checksum: bool, max_objects: int) -> Iterator[Expanded]:
+def expand(uri: str, name: str, checksum: bool, max_objects: int, keep_empty: bool = False) -> Iterator[Expanded]:
     """The entry of an object, or those of all objects of a prefix in the service's order, in bounded memory."""
     place = _parse(uri)
     if not checksum:
@@ -94,7 +94,7 @@ def expand(uri: str, name: str, checksum: bool, max_objects: int) -> Iterator[Ex
         return
     kept = empty = 0
     for stat, path in _below(bucket, place):
-        if _is_placeholder(bucket, place, stat):
+        if _is_placeholder(bucket, place, stat, keep_empty):
             empty += place.scheme == "s3" and not stat.key.endswith("/")
             continue
         kept += 1
@@ -253,11 +253,11 @@ def _below(bucket: Bucket, place: _Place) -> Iterator[tuple[Stat, str]]:
             yield stat, path
 
 
-def _is_placeholder(bucket: Bucket, place: _Place, stat: Stat) -> bool:
-    """Whether W&B passes over this object of a prefix."""
+def _is_placeholder(bucket: Bucket, place: _Place, stat: Stat, keep_empty: bool) -> bool:
+    """Whether this object of a prefix is passed over: as W&B does it, with ``keep_empty`` only what stands for a directory."""
     if stat.key.endswith("/"):
         return True
-    return not stat.size and (place.scheme == "s3" or _has_below(bucket, stat.key))
+    return not stat.size and ((place.scheme == "s3" and not keep_empty) or _has_below(bucket, stat.key))
 
 
 def _has_below(bucket: Bucket, key: str) -> bool:

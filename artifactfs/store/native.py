@@ -75,9 +75,11 @@ from artifactfs.names import (
 from artifactfs.objects import ABSENT, MAX_RECORD, ObjectStore, object_key, stream
 from artifactfs.packed import PackedContents, Small
 from artifactfs.references import DEADLINE
+from artifactfs.semver import is_semver
 from artifactfs.store import LocalContent
 from artifactfs.store.contents import ExtentSource, LocalExtents
 from artifactfs.store.remembered import RememberedObjects
+from artifactfs.store.semvers import Semvers, semvers
 from artifactfs.tree import PageOrder, Tree
 from artifactfs.waiting import Budget
 
@@ -202,7 +204,7 @@ class NativeStore:
         number = version_number(alias)
         if number is None:
             collection = self.collection(name)
-            number = collection.aliases.get(alias)
+            number = self._named(name, collection, alias)
             if number is None:
                 known = ", ".join(sorted(collection.aliases)) or "none"
                 raise NotFoundError(f"{name.path} has no alias {alias!r}; its aliases are: {known}")
@@ -210,6 +212,14 @@ class NativeStore:
         if version.state != "COMMITTED":
             raise NotFoundError(f"{version.qualified_name} was deleted on {version.deleted_at[:10]}")
         return version
+
+    def _named(self, name: ArtifactName, collection: Collection, alias: str) -> int | None:
+        """The number that a semantic version or an alias stands for."""
+        number = collection.semver.get(alias, collection.aliases.get(alias))
+        if number is None and is_semver(alias):
+            numbers = sorted(collection.links) if collection.is_portfolio else self.numbers(name)
+            number = semvers(self, name, collection.semver, numbers).find(alias)
+        return number
 
     def numbers(self, name: ArtifactName) -> list[int]:
         """The numbers of all versions there ever were, deleted ones too, ascending; empty for no collection."""
@@ -261,6 +271,8 @@ class NativeStore:
             changed = change(collection)
             for number in {number for alias, number in changed.aliases.items() if collection.aliases.get(alias) != number}:
                 self.version(name.at(f"v{number}"))
+            for alias in changed.aliases.keys() - collection.aliases.keys():
+                Semvers(collection.semver, ()).check_alias(alias, name)
             return changed
 
         return self._update_collection(name, checked)
