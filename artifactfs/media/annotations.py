@@ -24,6 +24,9 @@ class Classes(Media):
             if not isinstance(item, Mapping) or not {"id", "name"} <= item.keys():
                 raise UsageError(f"each class needs an 'id' and a 'name', and {item!r} has not both")
         self._class_set: list[dict[str, Any]] = [plain_json(item) for item in class_set]
+        for item in self._class_set:
+            if not isinstance(item["id"], (str, int, float)) or not isinstance(item["name"], str):
+                raise wrong_type(f"a class has a number or text as its id and text as its name, and {item!r} has not")
 
     @property
     def class_set(self) -> list[dict[str, Any]]:
@@ -57,10 +60,10 @@ class Classes(Media):
 
     @classmethod
     def read(cls, stored: Stored) -> Self:
-        found = stored.field("class_set", list)
-        if not all(isinstance(item, dict) and {"id", "name"} <= item.keys() for item in found):
-            raise stored.malformed("its classes need an 'id' and a 'name' each")
-        return cls(found)
+        try:
+            return cls(stored.field("class_set", list))
+        except UsageError as error:
+            raise stored.malformed(str(error)) from None
 
 
 class BoundingBoxes2D(Media):

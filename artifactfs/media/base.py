@@ -250,10 +250,15 @@ class Source:
         return also(IntegrityError(f"{path!r} of {self._name} cannot be read as an object: {what}"), ValueError)
 
     def fetch(self, entry: Any, limit: int | None = None) -> str:
-        """The entry as a local file, checked."""
-        if limit is not None and (entry.size or 0) > limit:
-            raise self.malformed(entry.path, f"it has {entry.size} bytes, and at most {limit} are read; download() gets the file")
-        return str(entry.download(self.root))
+        """The entry as a local file, checked. IntegrityError if it has more than ``limit`` bytes."""
+        self._check_size(entry.path, entry.size or 0, limit)
+        local = str(entry.download(self.root))
+        self._check_size(entry.path, os.path.getsize(local), limit)  # a reference may not have told
+        return local
+
+    def _check_size(self, path: str, size: int, limit: int | None) -> None:
+        if limit is not None and size > limit:
+            raise self.malformed(path, f"it has {size} bytes, and at most {limit} are read; download() gets the file")
 
     def _read(self, entry: Any) -> Media:
         path: str = entry.path
@@ -266,7 +271,10 @@ class Source:
         kind = kind_of(value) or (named if isinstance(value, list) else None)
         if kind is None:
             raise self.malformed(path, "it is not the JSON of a media object")
-        return kind.read(Stored(self, path, value))
+        try:
+            return kind.read(Stored(self, path, value))
+        except RecursionError:
+            raise self.malformed(path, "its JSON is nested too deeply") from None
 
     def _document(self, path: str, local: str) -> Any:
         try:

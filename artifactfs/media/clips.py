@@ -48,6 +48,9 @@ class Audio(FileMedia):
         """The samples, -1 to 1, as (frames,) or (frames, channels)."""
         return _sound("samples").read(self.path)[0]
 
+    def describe(self, plan: Plan) -> dict[str, Any]:
+        return {**super().describe(plan), "caption": self.caption}  # W&B's client cannot read a sound that has none
+
     @classmethod
     def read(cls, stored: Stored) -> Self:
         audio = cls.__new__(cls)
@@ -93,10 +96,11 @@ class Video(FileMedia):
 
     def to_numpy(self) -> Any:
         """The frames, (time, channels, height, width)."""
-        plugin = "pillow" if self.path.endswith(".gif") else "FFMPEG"
-        frames = need("imageio.v3", "a Video as an array").imread(
-            self.path, plugin=plugin, **({"mode": "RGB"} if plugin == "pillow" else {})
-        )
+        imageio = need("imageio.v3", "a Video as an array")
+        if self.path.endswith(".gif"):
+            frames = imageio.imread(self.path, plugin="pillow", mode="RGB")
+        else:
+            frames = imageio.imread(self.path, plugin="FFMPEG", extension=_known(self.path))
         return need("numpy", "a Video as an array").moveaxis(frames, -1, 1)
 
     def describe(self, plan: Plan) -> dict[str, Any]:
@@ -167,12 +171,26 @@ def _film(frames: Any, extension: str, fps: int) -> tuple[bytes, tuple[int, int]
     frames = numpy.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
     imageio = need("imageio.v3", "a Video of frames")
     need("imageio_ffmpeg", "a Video of frames")
+    codec, container = _CODECS[extension], ["-f", extension]
     with tempfile.TemporaryDirectory(prefix="artifactfs-video-") as folder:
-        path = Path(folder, f"film.{extension}")
+        path = Path(folder, f"film{_known(f'film.{extension}')}")
         imageio.imwrite(
-            path, frames, plugin="FFMPEG", fps=fps, codec=_CODECS[extension], macro_block_size=1, pixelformat="yuv420p"
+            path,
+            frames,
+            plugin="FFMPEG",
+            fps=fps,
+            codec=codec,
+            output_params=container,
+            macro_block_size=1,
+            pixelformat="yuv420p",
         )
         return path.read_bytes(), (frames.shape[2], frames.shape[1])
+
+
+def _known(path: str) -> str:
+    """The extension by which imageio gives a film to ffmpeg, which looks at the content: it does not know ``.ogg``."""
+    extension = os.path.splitext(path)[1]
+    return ".mkv" if extension == ".ogg" else extension
 
 
 _CODECS = {"mp4": "libx264", "webm": "libvpx-vp9", "ogg": "libtheora"}

@@ -182,11 +182,7 @@ def _plot(value: Any) -> Any:
         value.add_root(root)
     elif not isinstance(value, document):
         raise wrong_type("Bokeh constructor accepts Bokeh document/model or path to Bokeh json file")
-    return document.from_json(_json(value)).to_json(deferred=False)
-
-
-def _json(document: Any) -> Any:
-    return document.to_json(deferred=False)
+    return document.from_json(value.to_json(deferred=False)).to_json(deferred=False)
 
 
 def _numbered(plot: Any) -> Any:

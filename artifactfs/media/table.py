@@ -436,7 +436,7 @@ def put_table(plan: Plan, table: Table) -> str:
 
 def cell_json(value: Any, plan: Plan) -> Any:
     """A cell in JSON. UsageError for what cannot be stored, or would be read as something else."""
-    if value is None or isinstance(value, (bool, int)):
+    if value is None or type(value) in (bool, int, str):
         return value
     if isinstance(value, Media):
         return value.describe(plan)
@@ -445,7 +445,11 @@ def cell_json(value: Any, plan: Plan) -> Any:
         return None
     if isinstance(value, enum.Enum):
         return value.name
-    if isinstance(value, (str, float)):
+    if isinstance(value, float):
+        return None if value != value else float(value)
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, str):
         return value
     if isinstance(value, Mapping):
         found = {str(key): cell_json(item, plan) for key, item in value.items()}
