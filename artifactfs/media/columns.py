@@ -25,9 +25,9 @@ class ColumnType:
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def widen(self, value: Any) -> ColumnType | None:
-        """The type that holds ``value`` as well."""
-        return self.join(type_of(value))
+    def widen(self, value: Any, kind: ColumnType) -> ColumnType | None:
+        """The type that holds ``value``, whose own type is ``kind``, as well."""
+        return self.join(kind)
 
     def join(self, other: ColumnType) -> ColumnType | None:
         """The type that holds what ``other`` holds as well."""
@@ -71,7 +71,7 @@ class _Unknown(ColumnType):
 
 
 class _PrimaryKey(ColumnType):
-    def widen(self, value: Any) -> ColumnType | None:
+    def widen(self, value: Any, kind: ColumnType) -> ColumnType | None:
         return self if isinstance(value, str) else None
 
     def join(self, other: ColumnType) -> ColumnType | None:
@@ -109,7 +109,7 @@ class ConstType(ColumnType):
         super().__init__("const")
         self.value = value
 
-    def widen(self, value: Any) -> ColumnType | None:
+    def widen(self, value: Any, kind: ColumnType) -> ColumnType | None:
         return self if type(value) is type(self.value) and value == self.value else None
 
     def params(self, plan: Plan) -> dict[str, Any]:
@@ -130,8 +130,8 @@ class UnionType(ColumnType):
         flat = (member for kind in allowed for member in kind.members())
         self.allowed = tuple(sorted(dict.fromkeys(flat), key=str))
 
-    def widen(self, value: Any) -> ColumnType | None:
-        return self._with(lambda member: member.widen(value))
+    def widen(self, value: Any, kind: ColumnType) -> ColumnType | None:
+        return self._with(lambda member: member.widen(value, kind))
 
     def join(self, other: ColumnType) -> ColumnType | None:
         found: ColumnType = self
@@ -296,8 +296,8 @@ class ClassesIdType(ColumnType):
         self.classes = classes
         self._ids = frozenset(item["id"] for item in classes.class_set)
 
-    def widen(self, value: Any) -> ColumnType | None:
-        return self if not isinstance(value, (list, dict)) and value in self._ids else None
+    def widen(self, value: Any, kind: ColumnType) -> ColumnType | None:
+        return self if (isinstance(value, (str, int, float)) or is_scalar(value)) and value in self._ids else None
 
     def join(self, other: ColumnType) -> ColumnType | None:
         return self if isinstance(other, ClassesIdType) and other.classes == self.classes else None
@@ -326,6 +326,12 @@ class OtherType(ColumnType):
 
     def _key(self) -> Any:
         return repr(self._value)
+
+
+def holds(kind: ColumnType, value: Any) -> bool:
+    """Whether ``kind`` surely holds the value as it is: the quick answer for plain values. False says nothing."""
+    simple = _PLAIN.get(type(value))
+    return simple is not None and value == value and any(member is simple for member in kind.members())
 
 
 def optional(kind: ColumnType) -> ColumnType:
@@ -363,6 +369,8 @@ def is_missing(value: Any) -> bool:
 
 def type_of(value: Any) -> ColumnType:
     """The type of a value."""
+    if type(value) is list:
+        return _list_type(value)
     value = plain(value)
     if is_missing(value):
         return NONE
@@ -396,8 +404,22 @@ _SIMPLE: tuple[tuple[tuple[type, ...], ColumnType], ...] = (
 )
 
 
+_PLAIN: dict[type, ColumnType] = {
+    str: STRING,
+    bool: BOOLEAN,
+    int: NUMBER,
+    float: NUMBER,
+    datetime.datetime: TIMESTAMP,
+    datetime.date: TIMESTAMP,
+    type(None): NONE,
+}
+
+
 def _list_type(value: Iterable[Any]) -> ListType:
     items = list(value)
+    first = type(items[0]) if items else None
+    if first in (int, str, bool) and all(type(item) is first for item in items):
+        return ListType(_PLAIN[first], len(items))
     kinds = list(dict.fromkeys(map(type_of, items)))
     some = [kind for kind in kinds if kind != NONE]
     element: ColumnType = UNKNOWN

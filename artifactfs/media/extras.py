@@ -18,6 +18,7 @@ def need(module: str, what: str) -> Any:
         raise also(ArtifactFSError(text), ImportError) from None
 
 
+_PLAIN = ("builtins", "datetime")
 _PACKAGES = {"PIL": "Pillow", "imageio_ffmpeg": "imageio-ffmpeg"}
 
 
@@ -38,6 +39,8 @@ def is_tensor(value: Any) -> bool:
 
 def plain(value: Any) -> Any:
     """Tensors of PyTorch, TensorFlow and JAX as numpy arrays; anything else as it is."""
+    if type(value).__module__ in _PLAIN:
+        return value
     if is_tensor(value):
         return value.detach().cpu().numpy()
     module = type(value).__module__.partition(".")[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import datetime
 import decimal
 import enum
 import hashlib
@@ -29,6 +30,7 @@ from artifactfs.media.columns import (
     Milliseconds,
     UnionType,
     as_type,
+    holds,
     is_missing,
     optional,
     read_type,
@@ -397,7 +399,9 @@ class Table(Media):
         return value
 
     def _widened(self, kind: ColumnType, value: Any, column: ColumnKey) -> ColumnType:
-        found = kind.widen(value)
+        if holds(kind, value):
+            return kind
+        found = kind.widen(value, type_of(value))
         if found is None:
             raise wrong_type(
                 f"Data row contained incompatible types: column {column!r} is {kind}, and {shown(value)} is {type_of(value)}"
@@ -438,6 +442,10 @@ def cell_json(value: Any, plan: Plan) -> Any:
     """A cell in JSON. UsageError for what cannot be stored, or would be read as something else."""
     if value is None or type(value) in (bool, int, str):
         return value
+    if type(value) is list:
+        return [cell_json(item, plan) for item in value]
+    if type(value) is datetime.datetime:
+        return Milliseconds.of(value)
     if isinstance(value, Media):
         return value.describe(plan)
     value = plain(value)
@@ -547,7 +555,18 @@ def _read_column(stored: Stored, kind: ColumnType, values: list[Any]) -> Sequenc
             raise stored.malformed("a key is not text")
         if isinstance(member, ForeignIndexType) and not all(type(value) is int for value in values):
             raise stored.malformed("an index of a row is not a whole number")
-    return [_read_cell(stored, members, value) for value in values]
+    timed = _is_timed(members)
+    return [
+        value
+        if type(value) in (str, bool, type(None)) or (type(value) in (int, float) and not timed)
+        else _read_cell(stored, members, value)
+        for value in values
+    ]
+
+
+def _is_timed(kinds: Sequence[ColumnType]) -> bool:
+    """Whether numbers in a column of these types are times."""
+    return TIMESTAMP in kinds and NUMBER not in kinds
 
 
 def _read_cell(stored: Stored, kinds: Sequence[ColumnType], value: Any) -> Any:
@@ -558,7 +577,7 @@ def _read_cell(stored: Stored, kinds: Sequence[ColumnType], value: Any) -> Any:
         return {key: _read_cell(stored, fields[key].members() if key in fields else (), item) for key, item in value.items()}
     if isinstance(value, list):
         return _read_list(stored, kinds, value)
-    if TIMESTAMP in kinds and NUMBER not in kinds and type(value) in (int, float):
+    if type(value) in (int, float) and _is_timed(kinds):
         try:
             return Milliseconds.read(value)
         except (OverflowError, ValueError):
@@ -574,6 +593,8 @@ def _read_list(stored: Stored, kinds: Sequence[ColumnType], value: list[Any]) ->
         except ValueError as error:
             raise stored.malformed(f"{shown(value)} is not an array of shape {list(array.shape)} ({error})") from None
     element = next((kind.element.members() for kind in kinds if isinstance(kind, ListType)), ())
+    if all(type(item) in (str, bool, int, float) for item in value) and not _is_timed(element):
+        return value
     return [_read_cell(stored, element, item) for item in value]
 
 
