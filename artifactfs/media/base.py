@@ -27,25 +27,8 @@ MAX_TABLE = 2 << 30
 T = TypeVar("T")
 
 
-class Entry(Protocol):
-    """An entry of a version or of a draft, as ``ArtifactManifestEntry`` is one."""
-
-    @property
-    def path(self) -> str: ...
-    @property
-    def ref(self) -> str | None: ...
-    @property
-    def size(self) -> int | None: ...
-    def download(self, root: str) -> str: ...
-
-
-class Entries(Protocol):
-    def get_entry_by_path(self, path: str) -> Any: ...
-    def get_entries_in_directory(self, directory: str) -> list[Any]: ...
-
-
 class Readable(Protocol):
-    """A logged artifact."""
+    """A logged artifact. Its manifest and entries are those of ``manifest.py``, which is above this layer."""
 
     @property
     def manifest(self) -> Any: ...

@@ -6,7 +6,6 @@ also holds a value, or None if there is none, which makes the value an error. ``
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import decimal
 import enum
@@ -563,27 +562,22 @@ def register(names: Iterable[str], reader: Callable[[Stored], ColumnType]) -> No
     _READERS.update(dict.fromkeys(names, reader))
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Milliseconds:
-    """Timestamps in JSON: milliseconds since 1970 in UTC, as a whole number."""
+def milliseconds(value: Any) -> int | None:
+    """A date or a datetime (of no zone: UTC) as JSON has it: whole milliseconds since 1970, the rest dropped."""
+    if is_missing(value):
+        return None
+    if is_scalar(value):
+        return int(value.astype("datetime64[ms]").astype("int64"))
+    if not isinstance(value, datetime.datetime):
+        value = datetime.datetime(value.year, value.month, value.day)
+    if value.tzinfo is None:
+        value = value.replace(tzinfo=datetime.UTC)
+    return int((value - _EPOCH) // datetime.timedelta(milliseconds=1))
 
-    @staticmethod
-    def of(value: Any) -> int | None:
-        """Of a date, or of a datetime; one without a zone is UTC. Fractions of a millisecond are dropped."""
-        if is_missing(value):
-            return None
-        if is_scalar(value):
-            return int(value.astype("datetime64[ms]").astype("int64"))
-        if not isinstance(value, datetime.datetime):
-            value = datetime.datetime(value.year, value.month, value.day)
-        if value.tzinfo is None:
-            value = value.replace(tzinfo=datetime.UTC)
-        return int((value - _EPOCH) // datetime.timedelta(milliseconds=1))
 
-    @staticmethod
-    def read(value: float) -> datetime.datetime:
-        """OverflowError for what is out of a datetime's range."""
-        return _EPOCH + datetime.timedelta(milliseconds=value)
+def time_of(value: float) -> datetime.datetime:
+    """The datetime of :func:`milliseconds`, in UTC. OverflowError or ValueError for what is none."""
+    return _EPOCH + datetime.timedelta(milliseconds=value)
 
 
 _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)

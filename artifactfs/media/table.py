@@ -7,7 +7,6 @@ import datetime
 import decimal
 import enum
 import hashlib
-import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Self, TypeAlias
@@ -27,21 +26,20 @@ from artifactfs.media.columns import (
     ColumnType,
     DictType,
     ListType,
-    Milliseconds,
     UnionType,
     as_type,
     holds,
     is_missing,
-    optional,
+    milliseconds,
     read_type,
+    time_of,
     type_of,
 )
+from artifactfs.media.columns import optional as or_none
 from artifactfs.media.extras import is_array, is_frame, is_scalar, need, plain
 
 ColumnKey: TypeAlias = str | int
 LOG_MODES = ("IMMUTABLE", "MUTABLE", "INCREMENTAL")
-
-_logger = logging.getLogger(__name__)
 
 
 class TableKey(str):
@@ -170,7 +168,7 @@ class Table(Media):
         wanted = ANY if allow_mixed_types else dtype
         kinds = [as_type(kind) for kind in self._per_column(wanted, "dtype")]
         options = self._per_column(optional, "optional")
-        self._types = [columns_optional(kind) if option else kind for kind, option in zip(kinds, options, strict=True)]
+        self._types = [or_none(kind) if option else kind for kind, option in zip(kinds, options, strict=True)]
         self.data = []
         if isinstance(given, (str, bytes, Mapping)) or not isinstance(given, Iterable):
             raise wrong_type(f"data is rows, an array or a DataFrame, not {shown(given)}")
@@ -202,7 +200,7 @@ class Table(Media):
         if self.columns and len(values) != len(self.data):
             raise UsageError(f"Expected length {len(self.data)}, found {len(values)}")
         names = _checked_columns([*self.columns, name])
-        kind = columns_optional(UNKNOWN) if optional else UNKNOWN
+        kind = or_none(UNKNOWN) if optional else UNKNOWN
         for value in values:
             kind = self._widened(kind, value, name)
         if not self.columns:
@@ -255,7 +253,7 @@ class Table(Media):
     def cast(self, col_name: ColumnKey, dtype: Any, optional: bool = False) -> ColumnType:
         """Give a column a type. TypeError if a value of it has another."""
         at = self._place(col_name)
-        kind = columns_optional(as_type(dtype)) if optional else as_type(dtype)
+        kind = or_none(as_type(dtype)) if optional else as_type(dtype)
         if isinstance(kind, (ForeignKeyType, ForeignIndexType)) and kind.table is self:
             raise UsageError("Cannot set a foreign table reference to same table.")
         if kind == PRIMARY_KEY and PRIMARY_KEY in self._types and self._types[at] != PRIMARY_KEY:
@@ -365,7 +363,7 @@ class Table(Media):
             missing = [is_missing(value) for value in values]
             if len(array.shape) == 1 and array.shape[0] <= self.MAX_EMBEDDING and all(map(_is_finite, values)):
                 listed: ColumnType = ListType(NUMBER, array.shape[0])
-                kind = columns_optional(listed) if any(missing) else listed
+                kind = or_none(listed) if any(missing) else listed
             elif not any(missing):
                 where = ArrayType(array.shape, put_arrays(plan, str(name), values))
                 kind = (
@@ -428,7 +426,6 @@ class Table(Media):
 
 
 _INCREMENT = re.compile(r"(\d+)(?:-(\d+))?\.(.+)\.table\.json")
-columns_optional = optional
 
 
 def put_table(plan: Plan, table: Table) -> str:
@@ -445,7 +442,7 @@ def cell_json(value: Any, plan: Plan) -> Any:
     if type(value) is list:
         return [cell_json(item, plan) for item in value]
     if type(value) is datetime.datetime:
-        return Milliseconds.of(value)
+        return milliseconds(value)
     if isinstance(value, Media):
         return value.describe(plan)
     value = plain(value)
@@ -469,7 +466,7 @@ def cell_json(value: Any, plan: Plan) -> Any:
     if isinstance(value, (list, tuple)):
         return [cell_json(item, plan) for item in value]
     if type_of(value) == TIMESTAMP:
-        return Milliseconds.of(value)
+        return milliseconds(value)
     if isinstance(value, decimal.Decimal):
         return float(value)
     if isinstance(value, bytes):
@@ -530,11 +527,11 @@ def _checked_columns(names: Iterable[Any]) -> list[ColumnKey]:
 def _read_types(stored: Stored, names: Sequence[ColumnKey]) -> list[ColumnType]:
     declared = stored.optional("column_types", dict)
     if declared is None:
-        return [columns_optional(ANY) for _ in names]
+        return [or_none(ANY) for _ in names]
     types = read_type(stored.at(declared))
     if not isinstance(types, DictType):
         raise stored.malformed(f"'column_types' is {shown(declared)}")
-    return [types.fields.get(str(name), columns_optional(ANY)) for name in names]
+    return [types.fields.get(str(name), or_none(ANY)) for name in names]
 
 
 def _without_place(kind: ColumnType) -> ColumnType:
@@ -579,7 +576,7 @@ def _read_cell(stored: Stored, kinds: Sequence[ColumnType], value: Any) -> Any:
         return _read_list(stored, kinds, value)
     if type(value) in (int, float) and _is_timed(kinds):
         try:
-            return Milliseconds.read(value)
+            return time_of(value)
         except (OverflowError, ValueError):
             raise stored.malformed(f"{value} is no time") from None
     return value
