@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from wandb_offline import offline, reading, tree, written  # noqa: F401 - a fixture
 
 import artifactfs as afs
+from artifactfs import media
 
 np = pytest.importorskip("numpy")
 pd = pytest.importorskip("pandas")
@@ -222,6 +225,57 @@ def compare(name: str, found: Any, expected: Any) -> None:
             assert all(np.array_equal(a, b) if isinstance(a, np.ndarray) else a == b for a, b in zip(mine, theirs, strict=True))
     else:
         assert found == expected, name
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=5)
+NUMBERS = (
+    st.integers()
+    | st.floats(allow_nan=True, allow_infinity=True)
+    | st.integers(-9, 9).map(np.int32)
+    | st.floats(width=32).map(np.float32)
+)
+TIMES = (
+    st.datetimes(datetime.datetime(1999, 1, 1), datetime.datetime(2030, 1, 1)).map(lambda time: time.replace(microsecond=0))
+    | st.dates()
+)
+COLUMNS = (
+    NUMBERS,
+    TEXT,
+    st.booleans(),
+    TIMES,
+    st.none(),
+    st.lists(st.integers(), min_size=2, max_size=2),
+    st.lists(TEXT | st.none(), min_size=3, max_size=3),
+    st.fixed_dictionaries({"a": st.integers(), "b": TEXT}),
+    st.integers(0, 9).map(lambda value: np.full(3, value)),
+    NUMBERS | TEXT,
+    NUMBERS | st.none(),
+    TIMES | st.none(),
+)
+
+
+@st.composite
+def tables(draw: st.DrawFn) -> tuple[list[str], list[list[Any]], dict[str, Any]]:
+    columns = draw(st.lists(st.sampled_from(COLUMNS), min_size=1, max_size=4))
+    names = draw(st.lists(TEXT, min_size=len(columns), max_size=len(columns), unique=True))
+    rows = draw(st.lists(st.tuples(*columns).map(list), max_size=4))
+    return names, rows, {"optional": draw(st.booleans()), "allow_mixed_types": draw(st.booleans())}
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(tables())
+def test_any_table_is_stored_the_same(offline: Any, table: Any) -> None:  # noqa: F811
+    """The same bytes, or a TypeError from both."""
+    names, rows, options = table
+    try:
+        theirs = offline.Artifact("theirs", "dataset")
+        theirs.add(offline.Table(columns=names, data=rows, **options), "it")
+    except TypeError:
+        with pytest.raises(TypeError):
+            afs.Table(columns=names, data=rows, **options)
+        return
+    _, additions = media.plan(afs.Table(columns=names, data=rows, **options), "it", "MD5", lambda path: None)
+    assert json.loads(additions[-1].data) == json.loads(Path(theirs.manifest.entries["it.table.json"].local_path).read_bytes())
 
 
 CANNOT = {
