@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from wandb_offline import offline, reading, tree, written  # noqa: F401 - a fixture
 
@@ -264,6 +264,7 @@ def tables(draw: st.DrawFn) -> tuple[list[str], list[list[Any]], dict[str, Any]]
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(tables())
+@example((["a"], [[["x", None]], [[None, None]]], {"optional": True, "allow_mixed_types": False}))
 def test_any_table_is_stored_the_same(offline: Any, table: Any) -> None:  # noqa: F811
     """The same bytes, or a TypeError from both."""
     names, rows, options = table

@@ -135,6 +135,8 @@ class UnionType(ColumnType):
     def join(self, other: ColumnType) -> ColumnType | None:
         found: ColumnType = self
         for kind in other.members():
+            if kind is UNKNOWN:  # nothing yet, which any type holds
+                continue
             joined = found._joined(kind) if isinstance(found, UnionType) else None
             if joined is None:
                 return None
