@@ -45,6 +45,20 @@ _HOMES = {
         "WaitTimeoutError",
     ),
     "artifactfs.manifest": ("ArtifactManifest", "ArtifactManifestEntry"),
+    "artifactfs.media": (
+        "Audio",
+        "Bokeh",
+        "BoundingBoxes2D",
+        "Classes",
+        "Html",
+        "Image",
+        "ImageMask",
+        "JoinedTable",
+        "Object3D",
+        "PartitionedTable",
+        "Table",
+        "Video",
+    ),
     "artifactfs.mounting": ("Staged", "mount", "stage"),
     "artifactfs.run": ("Run", "init"),
 }
@@ -71,6 +85,18 @@ if TYPE_CHECKING:
     from artifactfs.errors import WaitTimeoutError as WaitTimeoutError
     from artifactfs.manifest import ArtifactManifest as ArtifactManifest
     from artifactfs.manifest import ArtifactManifestEntry as ArtifactManifestEntry
+    from artifactfs.media import Audio as Audio
+    from artifactfs.media import Bokeh as Bokeh
+    from artifactfs.media import BoundingBoxes2D as BoundingBoxes2D
+    from artifactfs.media import Classes as Classes
+    from artifactfs.media import Html as Html
+    from artifactfs.media import Image as Image
+    from artifactfs.media import ImageMask as ImageMask
+    from artifactfs.media import JoinedTable as JoinedTable
+    from artifactfs.media import Object3D as Object3D
+    from artifactfs.media import PartitionedTable as PartitionedTable
+    from artifactfs.media import Table as Table
+    from artifactfs.media import Video as Video
     from artifactfs.mounting import Staged as Staged
     from artifactfs.mounting import mount as mount
     from artifactfs.mounting import stage as stage

@@ -29,7 +29,7 @@ from typing import IO, Any, TypeAlias
 
 import msgspec
 
-from artifactfs import commits, distributed, download, session
+from artifactfs import commits, distributed, download, media, session
 from artifactfs.building import Contents, Policy
 from artifactfs.content import check_algorithm
 from artifactfs.edits import Edits, merge_tags, merge_value
@@ -58,6 +58,7 @@ from artifactfs.manifest import (
     no_such_entry,
     version_id,
 )
+from artifactfs.media import Media
 from artifactfs.model import BLAKE3, Collection, LinkedVersion, Run, Version
 from artifactfs.names import (
     LATEST,
@@ -319,13 +320,26 @@ class Artifact:
         return self._need("file_count").version.file_count
 
     def get_entry(self, name: PathLike) -> ArtifactManifestEntry:
-        """The entry at a path. KeyError if there is none."""
+        """The entry at a path, or of the media object that was added under this name. KeyError if there is none."""
         logged = self._need("get_entry")
         path = entry_path(os.fspath(name))
-        entry = self.manifest.get_entry_by_path(path)
+        entry: ArtifactManifestEntry | None = self.manifest.get_entry_by_path(path) or media.find(self, path)
         if entry is None:
             raise no_such_entry(path, logged.version.qualified_name)
         return entry
+
+    def get(self, name: str) -> Any:
+        """The media object that was added as ``name`` (a Table, an Image, …); None if there is none.
+
+        Files of it are fetched to :meth:`default_root` when they are first used. IntegrityError (a ValueError) for a stored form
+        that cannot be right.
+        """
+        self._need("get")
+        return media.get(self, name)
+
+    def __getitem__(self, name: str) -> Any:
+        """As :meth:`get`."""
+        return self.get(name)
 
     def get_path(self, name: PathLike) -> ArtifactManifestEntry:
         """As :meth:`get_entry`."""
@@ -512,6 +526,20 @@ class Artifact:
         self._need_open("add_reference")
         added = self._contents.add_reference(uri, name or "", checksum, max_objects or DEFAULT_MAX_OBJECTS)
         return [ArtifactManifestEntry(path, leaf, self) for path, leaf in added]
+
+    def add(self, obj: Media, name: PathLike, overwrite: bool = False) -> ArtifactManifestEntry:
+        """Add a media object (a Table, an Image, …) as ``<name>.<kind>.json`` and what it consists of; all or none.
+
+        TypeError for what is no media object, ValueError for one that cannot be stored and for a path that is taken by other
+        content unless ``overwrite``. An object of another artifact of the same store shares its contents.
+        """
+        self._need_open("add")
+        path, additions = media.plan(obj, os.fspath(name), self._algorithm, self._contents.digest_at)
+        return ArtifactManifestEntry(path, self._contents.add_object(additions, overwrite), self)
+
+    def __setitem__(self, name: str, obj: Media) -> ArtifactManifestEntry:
+        """As :meth:`add`."""
+        return self.add(obj, name)
 
     def remove(self, item: PathLike | ArtifactManifestEntry) -> None:
         """Take away an entry, or everything below a directory. FileNotFoundError if there is no such path."""

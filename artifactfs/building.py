@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import IO, Any, Literal, TypeAlias
 
@@ -27,6 +27,7 @@ from artifactfs.draft import (
 )
 from artifactfs.errors import IntegrityError, NotFoundError, UsageError, from_os_error
 from artifactfs.manifest import ArtifactManifestEntry, Stored, VersionHolding, digest_of, no_such_entry, version_name
+from artifactfs.media.base import Addition, DocumentAddition, EntryAddition, ReferenceAddition
 from artifactfs.model import MD5, XXH128, Dir, File, Page, is_executable
 from artifactfs.names import ArtifactName, entry_path, parse
 from artifactfs.publish import NewRef
@@ -122,6 +123,42 @@ class Contents:
         for path, leaf in added:
             self.tree.put(path, leaf)
         return added
+
+    def add_object(self, additions: Sequence[Addition], overwrite: bool) -> Leaf:
+        """The entries of a media object; the last, its own, may replace another one with ``overwrite``. Returns that."""
+        leaves = [(addition.path, self._leaf_of(addition)) for addition in additions]
+        for number, (path, leaf) in enumerate(leaves, 1):
+            self.tree.check_free(path)
+            if not (overwrite and number == len(leaves)):
+                self._check_same(path, leaf)
+        for path, leaf in leaves:
+            self.tree.put(path, leaf)
+        return leaves[-1][1]
+
+    def digest_at(self, path: str) -> str | None:
+        """The digest of what stands at a path: "" of a folder, None where there is nothing."""
+        found = self.tree.find(path)
+        return None if found is None else "" if isinstance(found, DraftFolder) else digest_of(found)
+
+    def _leaf_of(self, addition: Addition) -> Leaf:
+        """What stands in a draft for a part of a media object."""
+        if isinstance(addition, DocumentAddition):
+            target = self._copies().new_path()
+            try:
+                with open(target, "xb") as file:
+                    file.write(addition.data)
+                return AddedFile(target, os.stat(target), self._algorithm, addition.path)
+            except OSError as error:
+                raise from_os_error(error, f"writing {addition.path} to {target}") from None
+        if isinstance(addition, ReferenceAddition):
+            (item,) = expand(addition.uri, addition.path, checksum=True, max_objects=1, algorithm=self._algorithm)
+            return NewRef(item.ref, item.block_list)
+        if isinstance(addition, EntryAddition):
+            source: Stored | None = addition.entry.source()
+            if source is not None and source.session.store.url == self._session().store.url:
+                return self._borrow(addition.entry.leaf(), source)
+            return self._copies().copy(addition.local(), self._algorithm)
+        return self._copies().copy(addition.local, self._algorithm)
 
     def remove(self, path: str) -> None:
         """See ``Artifact.remove``."""

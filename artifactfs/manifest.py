@@ -185,6 +185,10 @@ class ArtifactManifestEntry:
             return self._leaf
         return VersionHolding(source).find(self._path) or self._leaf
 
+    def owner(self) -> Owner:
+        """The artifact it belongs to."""
+        return self._owner
+
     def source(self) -> Stored | None:
         """The version it is in, None while that is a draft."""
         return self._owner.stored()
