@@ -188,7 +188,8 @@ class Link(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Collection(msgspec.Struct, frozen=True, kw_only=True):
-    """One collection, as ``collection.json`` holds it; ``aliases`` maps each alias to a version number, ``semver`` each semantic version.
+    """One collection, as ``collection.json`` holds it; ``aliases`` maps each alias to a version number, ``semver`` each semantic
+    version.
 
     A portfolio has no versions of its own, but ``links`` by number; ``next_link`` is the number that the next one gets. A deleted
     collection's record stays, so that its numbers are not used again.

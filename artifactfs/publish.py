@@ -31,8 +31,8 @@ from artifactfs.names import (
     check_type,
 )
 from artifactfs.objects import object_key
-from artifactfs.store.arrived import Arrived
 from artifactfs.semver import SemVer
+from artifactfs.store.arrived import Arrived
 from artifactfs.store.native import NativeStore, encode_record, now
 from artifactfs.store.semvers import NEXT, semvers
 from artifactfs.store.upload import Change, Folder, NewFile, NewRef, Progress, Report, Upload
@@ -55,8 +55,8 @@ class Draft:
     at this commit may have made its version. ``stored`` are contents, by id, that were stored ahead of this commit and are there.
     ``expect_root``: fail with an IntegrityError unless the root directory has this digest. ``number``: the least that the version
     may have. ``since``: with ``retry``, what an earlier attempt made has a higher number. ``ttl`` None with ``inherit_ttl`` means
-    the entity's, whatever that is at the time. ``notes`` is a directory of this machine to note in what arrived at a remote store,
-    for the next attempt.
+    the entity's, whatever that is at the time. ``notes`` is a directory of this machine to note in what arrived at a remote
+    store, for the next attempt.
 
     ``semver``: the semantic version to give it, :data:`~artifactfs.store.semvers.NEXT` for the next one, "" for none unless the
     collection's versions have them. ``always``: make a version also where nothing had changed.

@@ -188,9 +188,10 @@ This page is made from the code by `python tests/test_api_docs.py`; a test fails
 W&B's `Artifact` is missing or takes other arguments. What differs from W&B's client in behaviour is in
 [differences.md](differences.md).
 
-Errors: every one is an `ArtifactFSError`. `UsageError` and `InvalidNameError` are a `ValueError`, `VerifyError` too, `ArtifactStatusError` with its two
-kinds an `AttributeError`, `WaitTimeoutError` a `TimeoutError`. *Errors* names what a member raises for what a caller did; any of them that
-reads or writes the store may also raise `NetworkError`, `IntegrityError`, `NotPermittedError` and `StorageFullError`.
+Errors: every one is an `ArtifactFSError`. `UsageError` and `InvalidNameError` are a `ValueError`, `VerifyError` too,
+`ArtifactStatusError` with its two kinds an `AttributeError`, `WaitTimeoutError` a `TimeoutError`. *Errors* names what a member
+raises for what a caller did; any of them that reads or writes the store may also raise `NetworkError`, `IntegrityError`,
+`NotPermittedError` and `StorageFullError`.
 """
 
 _ERROR = re.compile(r"\b[A-Z][A-Za-z]*Error\b")

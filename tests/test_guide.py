@@ -182,7 +182,7 @@ def test_use_it_outside_of_a_run(pets: wandb.Artifact, desk: Path) -> None:
     artifact.download()
     artifact.verify()
     (desk / "artifacts/pets:v0/cat.png").write_text("dog")
-    with pytest.raises(ValueError, match="cat.png"):
+    with pytest.raises(ValueError, match=r"cat\.png"):
         artifact.verify()
     (desk / "artifacts/pets").mkdir()
     (desk / "artifacts/pets/stray.txt").touch()
