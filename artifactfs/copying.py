@@ -35,7 +35,6 @@ from artifactfs.store.large import LargeContent
 from artifactfs.store.native import NativeStore
 from artifactfs.store.semvers import NEXT, semvers
 from artifactfs.store.upload import Index
-from artifactfs.tree import identity
 
 _PACK_CONTEXT = "artifactfs 2026-11 copied pack v1"
 """A pack's id is derived from what is copied: whoever packs in another order, or by another size, needs another context."""
@@ -207,24 +206,8 @@ class _Job:
         self._size = 0
 
     def differences(self, ours: Dir | None, theirs: Dir) -> Iterator[tuple[Entry | None, Entry | None]]:
-        """(the target's entry, the source's) by name, wherever they are not the same; only pages that differ are read."""
-        mine = list(self._target.tree.children(ours)) if ours else []
-        yours = list(self._source.tree.children(theirs))
-        common = {child.digest for child in mine} & {child.digest for child in yours}
-        left = (entry for child in mine if child.digest not in common for entry in self._target.tree.leaf(child))
-        right = (entry for child in yours if child.digest not in common for entry in self._source.tree.leaf(child))
-        before, after = next(left, None), next(right, None)
-        while before is not None or after is not None:
-            if after is None or (before is not None and before.name < after.name):
-                yield before, None
-                before = next(left, None)
-            elif before is None or after.name < before.name:
-                yield None, after
-                after = next(right, None)
-            else:
-                if identity(before) != identity(after):
-                    yield before, after
-                before, after = next(left, None), next(right, None)
+        """(the target's entry, the source's) by name, wherever they are not the same."""
+        return self._target.tree.pairs(ours, theirs, self._source.tree)
 
     def entry(self, entry: File | Symlink | Ref, before: Entry | None) -> Change:
         """The entry as the target will have it; ``before`` is what it has at that path."""

@@ -370,12 +370,20 @@ class _Job:
             if self.existing == "keep":
                 return
             raise self._taken(path)
-        temporary = f".{secrets.token_hex(8)}{_PART}"
+        temporary = self._part_name(path, entry)
         try:
-            os.symlink(entry.target, temporary, dir_fd=fd)
+            try:
+                os.symlink(entry.target, temporary, dir_fd=fd)
+            except FileExistsError:  # a killed download has left it
+                os.unlink(temporary, dir_fd=fd)
+                os.symlink(entry.target, temporary, dir_fd=fd)
         except ValueError:
             raise IntegrityError(f"{self._where(path)} is a symlink whose target cannot exist; it is not written") from None
-        self._rename(fd, temporary, path, entry.name)
+        try:
+            self._rename(fd, temporary, path, entry.name)
+        except FileNotFoundError:  # another download into the same directory has taken it
+            if os.readlink(entry.name, dir_fd=fd) != entry.target:
+                raise
 
     def _place_file(self, fd: int, path: str, entry: Stored) -> None:
         taken = self.existing != "replace" and _is_there(fd, entry.name)
@@ -415,12 +423,13 @@ class _Job:
         finally:
             os.close(found)
 
-    def _part_name(self, path: str, entry: Stored) -> str:
+    def _part_name(self, path: str, entry: Stored | Symlink) -> str:
         """The same for the same entry of the same version, so that a killed download finds it again.
 
         No version can have an entry of its own part's name: the name depends on the digest of the whole version.
         """
-        identity = b"\0".join((self._version.root.digest, path.encode(), entry.id, b"x" if entry.executable else b"-"))
+        what = (b"l", entry.target.encode()) if isinstance(entry, Symlink) else (b"x" if entry.executable else b"-", entry.id)
+        identity = b"\0".join((self._version.root.digest, path.encode(), *what))
         return f".{blake3(identity).hexdigest()[:24]}{_PART}"
 
     def _fill(self, part: _Part, path: str, entry: Stored) -> None:

@@ -687,7 +687,11 @@ class _Content:
     def fetch_list(self) -> None:
         entry = self.entry
         file = entry if isinstance(entry, File) else File(entry.name, entry.size, entry.executable, entry.id, blocks=entry.blocks)
-        blocks = check_block_list(entry.id, self.size, self._reader.store.block_list(file), self.where())
+        try:
+            blocks = check_block_list(entry.id, self.size, self._reader.store.block_list(file), self.where())
+        except IntegrityError as error:
+            log.warning("%s; it is fetched again", error)
+            blocks = check_block_list(entry.id, self.size, self._reader.store.block_list(file), self.where())
         if self.cached is not None:
             self.cached.set_list(blocks)
         self._digests = blocks

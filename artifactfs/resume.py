@@ -24,8 +24,9 @@ from artifactfs.settings import Settings
 from artifactfs.staging import Stage, StageInfo, StageSpec, left_out_warning, list_stages, read_spec
 from artifactfs.store.urls import open_store
 
-_ENDING = 2.0
-"""Seconds in which a daemon that has told how its commit failed lets go of the staging directory."""
+_ENDING = 20.0
+"""Seconds in which a daemon that has told how its commit failed lets go of the staging directory: requests to a store that does
+not answer may have to end first."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

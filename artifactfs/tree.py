@@ -245,7 +245,7 @@ class Tree:
     def diff(self, old: Dir, new: Dir) -> Iterator[tuple[str, Entry | None, Entry | None]]:
         """(path, old entry, new entry) wherever they differ, reading only pages that do. A directory that exists on one side
         only is followed by everything below it; one on both sides appears only through what differs in it."""
-        stack = [("", self._pairs(old, new))]
+        stack = [("", self.pairs(old, new))]
         while stack:
             prefix, pairs = stack[-1]
             pair = next(pairs, None)
@@ -258,7 +258,7 @@ class Tree:
             if not (old_dir and new_dir):
                 yield prefix + name, before, after
             if old_dir or new_dir:
-                below = self._pairs(before if old_dir else _EMPTY, after if new_dir else _EMPTY)  # type: ignore[arg-type]
+                below = self.pairs(before if old_dir else _EMPTY, after if new_dir else _EMPTY)  # type: ignore[arg-type]
                 stack.append((f"{prefix}{name}/", below))
 
     def pages(self, root: Dir, seen: set[Page]) -> Iterator[tuple[Page, Sequence[Entry]]]:
@@ -357,14 +357,16 @@ class Tree:
             if decoded.level > 1:
                 pending.extend((below, decoded.level - 1) for below in decoded.items)  # type: ignore[misc]
 
-    def _pairs(self, old: Dir, new: Dir) -> Iterator[tuple[Entry | None, Entry | None]]:
-        """The entries of two directories that are not equal, by name."""
+    def pairs(self, old: Dir | None, new: Dir, other: Tree | None = None) -> Iterator[tuple[Entry | None, Entry | None]]:
+        """The entries of two directories that are not equal, by name; only pages that differ are read. ``new`` is of the tree
+        ``other``, if that is given; None for ``old`` is an empty directory."""
+        old, other = old or _EMPTY, other or self
         if old.digest == new.digest:
             return
-        ours, theirs = list(self.children(old)), list(self.children(new))
+        ours, theirs = list(self.children(old)), list(other.children(new))
         common = {child.digest for child in ours} & {child.digest for child in theirs}
         left = self._entries_of(ours, common)
-        right = self._entries_of(theirs, common)
+        right = other._entries_of(theirs, common)
         before, after = next(left, None), next(right, None)
         while before is not None or after is not None:
             if after is None or (before is not None and before.name < after.name):

@@ -102,6 +102,23 @@ def test_the_main_job_on_two_machines(machines: tuple[Machine, Machine], tmp_pat
 
 
 @needs_fuse
+def test_a_stage_whose_store_is_gone_is_kept(machines: tuple[Machine, Machine], tmp_path: Path, link: Proxy) -> None:
+    one, two = machines
+    one.afs("log", NAME, write_files(tmp_path / "source", FILES), "--type", "dataset")
+    staged = one.place("staged")
+    one.afs("stage", NAME, staged)
+    (staged / "new").write_bytes(b"new")
+    link.refuse()
+    one.afs("unmount", staged, code=5)
+    assert mountpoint.at(str(staged)) is None
+    one.afs("commit", "--resume", staged, code=5)
+    link.accept()
+    assert one.afs("commit", "--resume", staged) == f"{NAME}:v1"
+    two.afs("get", NAME, two.home / "got")
+    assert (two.home / "got/new").read_bytes() == b"new"
+
+
+@needs_fuse
 def test_offline_serves_what_was_warmed_and_opens_no_socket(
     machines: tuple[Machine, Machine], tmp_path: Path, link: Proxy
 ) -> None:

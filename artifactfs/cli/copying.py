@@ -7,9 +7,8 @@ import click
 from artifactfs import copying
 from artifactfs.cli import output
 from artifactfs.cli.catalog import describe_version
-from artifactfs.cli.progress import progress
+from artifactfs.cli.progress import Counted, progress
 from artifactfs.cli.session import Session, command, pass_session
-from artifactfs.publish import Progress
 from artifactfs.store.urls import open_store
 
 
@@ -27,17 +26,12 @@ def copy_command(session: Session, name: str, target: str) -> None:
     parsed = session.name(name)
     source = open_store(session.settings.store)
     into = open_store(session.located(target))
-    last = Progress()
     with progress(session, "copying") as report:
-
-        def count(done: Progress) -> None:
-            nonlocal last
-            last = done
-            if report is not None:
-                report(done)
-
+        count = Counted(report)
         copied = copying.copy(source, into, parsed, count)
     made = sum(result.created for result in copied)
-    session.note(f"{output.count(made, 'version')} made, {output.size(last.stored)} sent; {len(copied) - made} there before")
+    session.note(
+        f"{output.count(made, 'version')} made, {output.size(count.last.stored)} sent; {len(copied) - made} there before"
+    )
     documents = [{**describe_version(into, version), "created": created} for version, created in copied]
     session.result(documents, [document["name"] for document in documents])

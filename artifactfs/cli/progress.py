@@ -40,6 +40,19 @@ def progress(session: Session, doing: str) -> Iterator[Report | None]:
         yield draw
 
 
+class Counted:
+    """A report that keeps what was done last, and passes it on to ``report`` if there is one."""
+
+    def __init__(self, report: Report | None) -> None:
+        self.last = Progress()
+        self._report = report
+
+    def __call__(self, done: Progress) -> None:
+        self.last = done
+        if self._report is not None:
+            self._report(done)
+
+
 def _line(doing: str, done: Progress, seconds: float) -> str:
     rate = output.size(int(done.bytes / seconds)) if seconds > 0 else "?"
     return f"{doing}: {output.count(done.files, 'file')}, {output.size(done.bytes)}, {rate}/s"

@@ -13,7 +13,7 @@ from artifactfs import download, warm
 from artifactfs.cli import arguments, output
 from artifactfs.cli.catalog import describe_version
 from artifactfs.cli.output import Column
-from artifactfs.cli.progress import progress
+from artifactfs.cli.progress import Counted, progress
 from artifactfs.cli.session import Session, command, pass_session
 from artifactfs.content import check_algorithm
 from artifactfs.errors import IntegrityError, UsageError
@@ -48,18 +48,12 @@ def log_command(session: Session, /, name: str, paths: tuple[str, ...], **option
         raise UsageError("say what to log: a PATH or --reference")
     draft = _draft(session, name, paths, options)
     store = open_store(session.settings.store)
-    last = Progress()
     with progress(session, "storing") as report:
-
-        def count(done: Progress) -> None:
-            nonlocal last
-            last = done
-            if report is not None:
-                report(done)
-
+        count = Counted(report)
         published = publish(store, draft, count)
     document = {**describe_version(store, published.version), "created": published.created}
-    counted = f"{output.count(last.files, 'file')} read, {output.size(last.bytes)}, of which {output.size(last.stored)} were new"
+    done = count.last
+    counted = f"{output.count(done.files, 'file')} read, {output.size(done.bytes)}, of which {output.size(done.stored)} were new"
     session.note(counted if published.created else "nothing changed against the newest version")
     session.result(document, document["name"])
 
@@ -209,22 +203,16 @@ def warm_command(session: Session, name: str, path_prefix: str, action: str | No
         freed = warm.evict(found.store, cache, version, path_prefix) if cache is not None else 0
         session.result({"name": version.qualified_name, "freed": freed}, f"freed {output.size(freed)}")
         return
-    last = Progress()
     with progress(session, "fetching") as report:
-
-        def count(done: Progress) -> None:
-            nonlocal last
-            last = done
-            if report is not None:
-                report(done)
-
+        count = Counted(report)
         failures = warm.warm(*where, count)
     for failure in failures:
         session.warn(f"{failure.path}: {failure.error}")
     if failures:
         raise failures[0].error
-    document = {"name": version.qualified_name, "files": last.files, "size": last.bytes, "fetched": last.stored}
-    session.result(document, _warmed(version, last))
+    done = count.last
+    document = {"name": version.qualified_name, "files": done.files, "size": done.bytes, "fetched": done.stored}
+    session.result(document, _warmed(version, done))
 
 
 def _warmed(version: Version, done: Progress) -> str:
