@@ -41,6 +41,7 @@ from artifactfs.errors import (
 from artifactfs.model import BLOCK, Dir, Entry, File, Ref, Symlink, Version, is_executable
 from artifactfs.publish import Progress, Report
 from artifactfs.reader import Handle, Reader
+from artifactfs.reflink import share
 from artifactfs.store import Store
 
 WORKERS = 8
@@ -166,6 +167,7 @@ class _Job:
         self._failures: list[tuple[str, ArtifactFSError]] = []
         self._stop: BaseException | None = None
         self._root = -1
+        self._shares = True
 
     # Running
 
@@ -439,13 +441,29 @@ class _Job:
         os.ftruncate(part.fd, offset)
         with contextlib.closing(self._open(path, entry)) as handle:
             while (entry.size < 0 or offset < entry.size) and (data := handle.read(offset, _PIECE)):
-                _write_at(part.fd, offset, data)
+                shared = self._share(handle, part.fd, offset, data) if part.resumable and self._shares else 0
+                _write_at(part.fd, offset + shared, data[shared:])
                 offset += len(data)
                 self._count(0, len(data), len(data))
                 if self._stop is not None:
                     raise _Stopped
         if entry.size >= 0 and offset != entry.size:
             raise IntegrityError(f"{self._where(path)} has {entry.size} bytes, but only {offset} could be read")
+
+    def _share(self, handle: Handle, fd: int, offset: int, data: bytes) -> int:
+        """Have the beginning of ``data``, which belongs at ``offset``, on disk only once, where the store or the cache has it.
+
+        How many bytes of it are. What was shared is read back: it was not that file which was checked."""
+        shared = 0
+        try:
+            while shared < len(data) and (found := handle.lying(offset + shared)) is not None:
+                more = share(found, fd, offset + shared, len(data) - shared)
+                if not more or os.pread(fd, more, offset + shared) != data[shared : shared + more]:
+                    break
+                shared += more
+        except OSError:  # another file system, or one that cannot
+            self._shares = False
+        return shared
 
     def _block_digests(self, entry: Stored) -> bytes:
         return self._store.block_list(entry) if isinstance(entry, File) else b""

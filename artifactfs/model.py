@@ -340,6 +340,16 @@ class Attributes(NamedTuple):
     device: int = 0
 
 
+class Lying(NamedTuple):
+    """Where bytes lie in a local file: ``length`` of them at ``offset`` of the descriptor ``fd``, which is open as long as
+    ``holder`` is held."""
+
+    fd: int
+    offset: int
+    length: int
+    holder: object
+
+
 class Space(NamedTuple):
     """What ``statfs`` shows of a file tree: bytes and files, in total and free."""
 

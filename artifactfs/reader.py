@@ -34,7 +34,7 @@ from cachetools import LRUCache
 from artifactfs.cache import BlockCache, CachedContent
 from artifactfs.content import DIGEST_SIZE, block_digest, check_block_list
 from artifactfs.errors import ArtifactFSError, IntegrityError, NetworkError, SourceChangedError
-from artifactfs.model import BLOCK, File, Ref, block_count, reference_key, scheme_of
+from artifactfs.model import BLOCK, File, Lying, Ref, block_count, reference_key, scheme_of
 from artifactfs.packed import OTHERS, PackedContents, Small, closed_error, offline_error
 from artifactfs.references import (
     DEADLINE,
@@ -86,6 +86,10 @@ class Handle(Protocol):
 
     def read(self, offset: int, size: int) -> bytes:
         """``size`` bytes from ``offset``, fewer only at the end, none behind it."""
+
+    def lying(self, offset: int) -> Lying | None:
+        """Where the bytes from ``offset`` lie on a local disk, not checked, as far as one file has them; None if none has, or
+        if they may change."""
 
     def close(self) -> None:
         """Let go of it. Idempotent."""
@@ -732,6 +736,14 @@ class _RemoteHandle:
             offset = stop
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
+    def lying(self, offset: int) -> Lying | None:
+        content = self._content
+        if content is None or content.cached is None or not 0 <= offset < content.size:
+            return None
+        block, start = divmod(offset, BLOCK)
+        found = content.cached.lying(block)
+        return found and found._replace(offset=found.offset + start, length=found.length - start)
+
     def close(self) -> None:
         with self._lock:
             content, self._content, self._closed = self._content, None, True
@@ -829,6 +841,9 @@ class _PackedHandle:
     def read(self, offset: int, size: int) -> bytes:
         return self._packed.read(self._small, offset, size, self._where, self._ahead) if offset >= 0 else b""
 
+    def lying(self, offset: int) -> None:
+        return None
+
     def close(self) -> None:
         """Nothing is kept open."""
 
@@ -868,6 +883,9 @@ class _StoredHandle:
         except IntegrityError as error:
             raise IntegrityError(f"{self._where}: {error}" if self._where else str(error)) from None
 
+    def lying(self, offset: int) -> Lying | None:
+        return self._content.lying(offset)
+
     def close(self) -> None:
         self._content.close()
 
@@ -899,6 +917,9 @@ class _LocalHandle:
             parts.append(data)
             offset += len(data)
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def lying(self, offset: int) -> None:
+        return None
 
     def close(self) -> None:
         if not self._released:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
+import shutil
 import signal
 import stat
 import subprocess
@@ -20,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from artifactfs import download
+from artifactfs.cache import BlockCache
 from artifactfs.errors import (
     ConflictError,
     IntegrityError,
@@ -456,6 +459,55 @@ def test_a_full_disk(store: NativeStore, reader: Reader, source: Path, tmp_path:
         assert not (out / "sub/large.bin").exists()
     finally:
         subprocess.run(["umount", str(out)], check=True)
+
+
+@pytest.fixture
+def sharing_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system whose files can share blocks."""
+    image, disk = tmp_path / "image", tmp_path / "disk"
+    with image.open("wb") as file:
+        file.truncate(512 << 20)
+    subprocess.run(["mkfs.xfs", "-q", "-m", "reflink=1", str(image)], check=True)
+    disk.mkdir()
+    subprocess.run(["mount", "-o", "loop", str(image), str(disk)], check=True)
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)  # a cache holds files open as long as it lives
+
+
+def used(disk: Path) -> int:
+    os.sync()
+    found = os.statvfs(disk)
+    return (found.f_blocks - found.f_bfree) * found.f_frsize
+
+
+@pytest.mark.root
+@pytest.mark.skipif(os.getuid() != 0 or not shutil.which("mkfs.xfs"), reason="makes an XFS on a loop device")
+@pytest.mark.parametrize("place", ["store", "cache"])
+def test_data_is_not_on_disk_twice(place: str, sharing_disk: Path, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """A download shares the blocks of a store, or of the cache, on a file system that can."""
+    url = str(sharing_disk / "store") if place == "store" else request.getfixturevalue("bucket").store_url()
+    cache = BlockCache(sharing_disk / "cache", 1 << 30)
+    store = open_store(url, cache)
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "large.bin").write_bytes(os.urandom(40 * BLOCK + 5000))
+    (source / "small.txt").write_text("small")
+    version = commit(store, source)
+    before = used(sharing_disk)
+    with contextlib.closing(Reader(store, cache)) as reader:
+        for number in range(3):
+            get(store, reader, version, sharing_disk / f"out{number}")
+    fetched = 0 if place == "store" else 41 * BLOCK
+    assert used(sharing_disk) - before < fetched + 4 * BLOCK
+    assert snapshot(sharing_disk / "out2") == snapshot(source)
+    with open(sharing_disk / "out0/large.bin", "r+b") as file:
+        file.write(b"changed")
+    with contextlib.closing(Reader(store, cache)) as reader:
+        assert download.verify(store, reader, version, str(sharing_disk / "out1")) == []
+        get(store, reader, version, sharing_disk / "out0")
+    assert snapshot(sharing_disk / "out0") == snapshot(source)
 
 
 names = st.sampled_from(["a", "b", "a.b", "é", "\n"])

@@ -166,6 +166,24 @@ def test_reading_and_lineage_through_a_link(desk: Path) -> None:
     assert other.wait().manifest.entries["x"].digest == source.manifest.entries["a.txt"].digest
 
 
+def test_a_link_has_the_semantic_version_of_its_source(store: NativeStore) -> None:
+    """And none of its own: the number that it has in the portfolio stands for none."""
+    with afs.init() as run:
+        for number, text in enumerate(("0.9.0", "1.4.0-rc.1")):
+            folder = MadeFolder({})
+            made = publish(
+                store,
+                Draft(
+                    name=parse("acme/vision/bikes"), type="dataset", folder=folder, commit=f"c{number}", semver=text, always=True
+                ),
+            )
+            run.link_artifact(afs.Api().artifact(made.version.qualified_name), "acme/shop/approved")
+    assert [store.version(parse(f"acme/shop/approved:{text}")).number for text in ("0.9.0", "1.4.0-rc.1")] == [0, 1]
+    assert store.version(parse("acme/shop/approved:1.4.0-rc.1")).origin.qualified_name == "acme/vision/bikes:v1"
+    with pytest.raises(NotFoundError):
+        store.version(parse("acme/shop/approved:1.0.0"))
+
+
 def test_links_go_with_their_source(store: NativeStore) -> None:
     first, second = log("one"), log("two")
     link = first.link("approved", aliases=["p"])

@@ -79,7 +79,7 @@ from artifactfs.cache.ledger import BusyError, StaleError
 from artifactfs.cache.space import Space
 from artifactfs.content import DIGEST_SIZE, block_digest
 from artifactfs.errors import ConflictError, NotPermittedError, from_os_error
-from artifactfs.model import BLOCK, block_count
+from artifactfs.model import BLOCK, Lying, block_count
 
 __all__ = ["LIST", "BlockCache", "CacheInfo", "CacheProblem", "CachedContent"]
 
@@ -387,6 +387,13 @@ class BlockCache:
                 self._warn(error)
             return None
 
+    def _lying(self, block: Block) -> Lying | None:
+        try:
+            found = self._open(block, keep=False)
+        except OSError:
+            return None
+        return Lying(found[0].number, 0, block.length, found[0]) if found is not None else None
+
     def _open(self, block: Block, keep: bool) -> tuple[Fd, os.stat_result] | None:
         """The file of ``block`` if it has the right length: another is a miss, and the next write replaces it."""
         file = self._memory.file(block.place)
@@ -546,6 +553,10 @@ class CachedContent:
         if block != self._latest and self._count > 1:
             self._read_ahead(block)
         return self._cache._read(found, start, size, digest) if found.length else b""
+
+    def lying(self, block: int) -> Lying | None:
+        """Where block number ``block`` lies, not checked; None if it is not cached."""
+        return self._cache._lying(self._block(block))
 
     def write(self, block: int, data: Data, digest: bytes = b"") -> bool:
         """Cache block number ``block``. Returns whether it is cached now: best effort, never an error.

@@ -116,7 +116,8 @@ def _refuse_store(session: Session, paths: tuple[str, ...]) -> None:
 def get_command(session: Session, name: str, directory: str | None, path_prefix: str) -> None:
     """Download the version NAME into DIR and print the directory (default: artifacts/COLLECTION:VERSION).
 
-    Files that are already right are kept, others of those names replaced, and whatever else is in DIR left alone.
+    Files that are already right are kept, others of those names replaced, and whatever else is in DIR left alone. Where the file
+    system can (XFS, btrfs), large files share their space on disk with the store or the cache.
     """
     found = opened(session.settings)
     version = found.store.version(session.name(name))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
-from artifactfs.model import Collection, Extent, File, LinkedVersion, Run, Version
+from artifactfs.model import Collection, Extent, File, LinkedVersion, Lying, Run, Version
 from artifactfs.names import ArtifactName
 from artifactfs.references import Source
 from artifactfs.tree import Tree
@@ -20,6 +20,9 @@ class LocalContent(Protocol):
 
     def read(self, offset: int, size: int) -> bytes:
         """``size`` bytes from ``offset``, fewer only at the end. A block that fails its check is an IntegrityError."""
+
+    def lying(self, offset: int) -> Lying | None:
+        """Where the bytes from ``offset`` lie, not checked, as far as one file has them in one piece."""
 
     def close(self) -> None: ...
 

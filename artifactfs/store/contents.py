@@ -11,7 +11,7 @@ from itertools import accumulate
 
 from artifactfs.content import DIGEST_SIZE, CheckedBlocks
 from artifactfs.errors import IntegrityError, NotFoundError, from_os_error
-from artifactfs.model import BLOCK, Extent
+from artifactfs.model import BLOCK, Extent, Lying
 from artifactfs.objects import ObjectStore, object_key, stream
 
 _AHEAD = 8 * BLOCK
@@ -64,6 +64,17 @@ class LocalExtents:
             pieces.append(self._read_block(block, offset - block * BLOCK, stop - offset))
             offset = stop
         return b"".join(pieces)
+
+    def lying(self, offset: int) -> Lying | None:
+        at = bisect_right(self._starts, offset) - 1
+        if not 0 <= offset < self._size:
+            return None
+        within = offset - self._starts[at]
+        try:
+            opened = self._open(self._extents[at].object)
+        except (OSError, IntegrityError):
+            return None
+        return Lying(opened.fd, self._extents[at].offset + within, self._extents[at].length - within, opened)
 
     def close(self) -> None:
         with self._lock:
