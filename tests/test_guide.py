@@ -1,18 +1,21 @@
-"""A user's way through artifacts, as W&B's guide goes it, step by step: with ``import artifactfs as wandb`` its calls run.
+"""A user's way through artifacts, as W&B's guide and Comet's reference go it: with ``import artifactfs as wandb`` its calls run.
 
-The examples are told in our own words and on files of our own; what is checked is what the guide says comes of them.
+The examples are told in our own words and on files of our own; what is checked is what they say comes of it.
 """
 
 from __future__ import annotations
 
 import datetime
+import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from http_server import FaultServer
 
 import artifactfs as wandb
+import artifactfs.comet as comet_ml
 from artifactfs.artifact import ArtifactTTL
 
 pytestmark = pytest.mark.usefixtures("store")
@@ -328,3 +331,125 @@ def test_walk_what_led_to_what(pets: wandb.Artifact) -> None:
     maker = wandb.Api().artifact("net:v0").logged_by()
     assert maker is not None and maker.used == ["acme/vision/pets:v0"] and maker.logged == ["acme/vision/net:v0"]
     assert [run.id for run in wandb.Api().artifact("pets:v0").used_by()] == [maker.id]
+
+
+# Comet's reference: with ``import artifactfs.comet as comet_ml`` its calls run
+
+
+@pytest.fixture
+def experiment(desk: Path) -> Iterator[comet_ml.Experiment]:
+    with comet_ml.Experiment(workspace="acme", project_name="vision") as going:
+        yield going
+
+
+def logical_paths(artifact: comet_ml.Artifact | comet_ml.LoggedArtifact) -> list[str]:
+    return sorted(asset.logical_path for asset in artifact.assets)
+
+
+def test_comet_make_one_and_log_it(experiment: comet_ml.Experiment, project_with_images: Path) -> None:
+    artifact = comet_ml.Artifact(
+        name="pets",
+        artifact_type="dataset",
+        version="1.2.0",
+        aliases=["raw"],
+        metadata={"count": 2},
+        version_tags=["2026"],
+    )
+    assert str(artifact) == "Artifact('pets', artifact_type='dataset')"
+    artifact.add("project-directory/model.h5")
+    artifact.add("project-directory/images")
+    artifact.add("project-directory/images", logical_path="again")
+    artifact.add("project-directory/model.h5", logical_path="nets/first.h5", metadata={"epoch": 3})
+    with open("project-directory/images/cat.png", "rb") as file:
+        artifact.add(file, logical_path="from-a-file-object.png", copy_to_tmp=True)
+    with pytest.raises(TypeError):
+        artifact.add(io.BytesIO(b"without a path"))
+    with pytest.raises(comet_ml.ArtifactConflictingAssetLogicalPath):
+        artifact.add("project-directory/checkpoints/model.h5")
+    logged = experiment.log_artifact(artifact)
+    assert logical_paths(logged) == [
+        "again/cat.png",
+        "again/dog.png",
+        "from-a-file-object.png",
+        "images/cat.png",
+        "images/dog.png",
+        "model.h5",
+        "nets/first.h5",
+    ]
+    assert (str(logged), str(logged.version), logged.workspace) == ("<LoggedArtifact 'acme/pets:1.2.0'>", "1.2.0", "acme")
+    assert (logged.artifact_type, logged.metadata, logged.version_tags) == ("dataset", {"count": 2}, {"2026"})
+    assert logged.aliases == {"raw", "latest"} and logged.size == 3 + 3 + 3 + 3 + 3 + 3 + 3
+    assert logged.get_asset("nets/first.h5").metadata == {"epoch": 3}
+    with pytest.raises(comet_ml.ArtifactAssetNotFound):
+        logged.get_asset("nets/second.h5")
+
+
+def test_comet_remote_assets(experiment: comet_ml.Experiment) -> None:
+    artifact = comet_ml.Artifact("far", "dataset")
+    artifact.add_remote("https://example.com/data/large.bin")
+    artifact.add_remote("s3://bucket/dir/file.txt", logical_path="mine.txt", sync_mode=False, metadata={"origin": "bucket"})
+    logged = experiment.log_artifact(artifact)
+    assert {asset.logical_path: asset.link for asset in logged.remote_assets} == {
+        "large.bin": "https://example.com/data/large.bin",
+        "mine.txt": "s3://bucket/dir/file.txt",
+    }
+    assert all(asset.remote for asset in logged.assets) and logged.get_asset("mine.txt").metadata["origin"] == "bucket"
+
+
+@pytest.fixture
+def comet_pets(experiment: comet_ml.Experiment, project_with_images: Path) -> comet_ml.LoggedArtifact:
+    artifact = comet_ml.Artifact("pets", "dataset", aliases=["raw"])
+    artifact.add("project-directory/images")
+    return experiment.log_artifact(artifact)
+
+
+def test_comet_use_it(experiment: comet_ml.Experiment, comet_pets: comet_ml.LoggedArtifact, desk: Path) -> None:
+    for found in (
+        experiment.get_artifact("pets"),
+        experiment.get_artifact("acme/pets:raw"),
+        experiment.get_artifact("pets", workspace="acme", version_or_alias="1.0.0"),
+        comet_ml.API().get_artifact("acme", "pets"),
+        comet_ml.API().get_artifact(workspace="acme", artifact_name="pets", alias="raw"),
+    ):
+        assert str(found) == "<LoggedArtifact 'acme/pets:1.0.0'>"
+    assert found.get_source_experiment().get_key() == experiment.get_key() == found.source_experiment_key
+    local = found.download("here")
+    assert local.download_local_path == "here" and logical_paths(local) == ["images/cat.png", "images/dog.png"]
+    assert (desk / "here/images/cat.png").read_text() == "cat"
+    found.get_asset("images/dog.png").download("there", logical_path="a-dog.png")
+    assert (desk / "there/a-dog.png").read_text() == "dog"
+    with pytest.raises(comet_ml.ArtifactNotFound):
+        experiment.get_artifact("cows")
+
+
+def test_comet_download_over_other_files(comet_pets: comet_ml.LoggedArtifact, desk: Path) -> None:
+    (desk / "here/images").mkdir(parents=True)
+    cat = desk / "here/images/cat.png"
+    cat.write_text("a lion")
+    with pytest.raises(comet_ml.ArtifactDownloadException):
+        comet_pets.download("here")
+    comet_pets.download("here", overwrite_strategy="PRESERVE")
+    assert cat.read_text() == "a lion"
+    comet_pets.download("here", overwrite_strategy=True)
+    assert cat.read_text() == "cat"
+
+
+def test_comet_change_it_and_log_it_again(experiment: comet_ml.Experiment, comet_pets: comet_ml.LoggedArtifact) -> None:
+    local = comet_pets.download("here")
+    local.add(io.BytesIO(b"cow"), "images/cow.png")
+    local.version = comet_pets.version.next_minor()
+    local.aliases.add("with-cow")
+    logged = experiment.log_artifact(local)
+    assert str(logged.version) == "1.1.0" and logged.aliases == {"with-cow", "latest"}
+    assert logical_paths(logged) == ["images/cat.png", "images/cow.png", "images/dog.png"]
+    assert str(experiment.log_artifact(comet_ml.Artifact("pets", "dataset")).version) == "2.0.0"
+
+
+def test_comet_update_aliases_and_tags(experiment: comet_ml.Experiment, comet_pets: comet_ml.LoggedArtifact) -> None:
+    comet_pets.update_aliases(["checked"])
+    comet_pets.update_version_tags(["2026"])
+    comet_pets.update_artifact_tags(["animals"])
+    found = experiment.get_artifact("pets:checked")
+    assert (found.aliases, found.version_tags, found.artifact_tags) == ({"checked", "latest"}, {"2026"}, {"animals"})
+    with pytest.raises(comet_ml.ArtifactNotFound):
+        experiment.get_artifact("pets:raw")
