@@ -13,6 +13,8 @@ from places import desk, place, store  # noqa: F401 - fixtures for all
 from programs import afs, folder, logged  # noqa: F401 - fixtures for all
 from servers import azurite, bucket, container, gcs, gcs_bucket, seaweed, shared_bucket, versioned_bucket  # noqa: F401 - fixtures for all
 
+from artifactfs import session
+
 # Test modules by the layer of what they test; one that is not named here runs between the layers and the command line.
 _ORDER = (
     ("layers", "errors", "names"),
@@ -34,8 +36,15 @@ _UNRANKED = _ORDER.index(())
 # What the caller's environment may hold that a program of ours or a client library of a cloud would heed.
 _OUTSIDE = ("ARTIFACTFS_", "XDG_", "WANDB_", "COMET_", "AWS_", "AZURE_", "GOOGLE_", "STORAGE_EMULATOR_HOST")
 
-# A busy two-core machine: a slow example is no failure, the test's own timeout is.
-settings.register_profile("default", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
+# A busy two-core machine: a slow example is no failure, the test's own timeout is. The same examples in every run, so that what a
+# change broke is told apart from a new find; ARTIFACTFS_LONG_TESTS=1 looks for those.
+settings.register_profile(
+    "default",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    print_blob=True,
+    derandomize="ARTIFACTFS_LONG_TESTS" not in os.environ,
+)
 settings.load_profile("default")
 
 
@@ -49,7 +58,7 @@ def _rank(item: pytest.Item) -> int:
 
 
 @pytest.fixture(autouse=True)
-def isolated_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+def isolated_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The home directory of this test, with its own XDG directories; no setting of the caller's environment is seen."""
     home = tmp_path_factory.mktemp("home")
     for key in [key for key in os.environ if key.startswith(_OUTSIDE)]:
@@ -59,7 +68,8 @@ def isolated_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.
     monkeypatch.setenv("HOME", str(home))
     for which in ("CONFIG", "DATA", "CACHE", "STATE"):
         monkeypatch.setenv(f"XDG_{which}_HOME", str(home / which.lower()))
-    return home
+    yield home
+    session._sessions.clear()  # each holds descriptors, and thousands of tests are one process
 
 
 @pytest.fixture(autouse=True)

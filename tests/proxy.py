@@ -226,9 +226,10 @@ class Proxy:
 
     def stall(self, client: socket.socket, released: threading.Event) -> None:
         """Until :meth:`release`, or the client goes away."""
+        poll = select.poll()
+        poll.register(client, select.POLLIN)
         while not released.wait(0.05):
-            readable, _, _ = select.select([client], [], [], 0)
-            if readable and not client.recv(1, socket.MSG_PEEK):
+            if poll.poll(0) and not client.recv(1, socket.MSG_PEEK):
                 return
 
 

@@ -1085,4 +1085,4 @@ class CacheMachine(RuleBasedStateMachine):
 def test_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CACHE_MACHINE_ROOT", str(tmp_path))
     logging.getLogger("artifactfs.cache").setLevel(logging.ERROR)
-    run_state_machine_as_test(CacheMachine, settings=settings(max_examples=40, stateful_step_count=40, deadline=None))
+    run_state_machine_as_test(CacheMachine, settings=settings(max_examples=20, stateful_step_count=30, deadline=None))
