@@ -267,7 +267,7 @@ def unconditional(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[s
     (tmp_path / "remote" / "bucket").mkdir(parents=True)
     for name, value in {"AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "secret"}.items():
         monkeypatch.setenv(name, value)
-    command = [rclone, "serve", "s3", "--addr", f"127.0.0.1:{port}", "--dir-cache-time", "0s", str(tmp_path / "remote")]
+    command = [rclone, "serve", "s3", "--addr", f"127.0.0.1:{port}", "--dir-cache-time", "1s", str(tmp_path / "remote")]
     with _running(command, tmp_path, {**os.environ, "RCLONE_CONFIG": "/dev/null"}) as process:
         _wait_for(process, tmp_path, lambda: _status(f"http://127.0.0.1:{port}") != 0)
         yield f"s3://bucket/store?endpoint_url=http://127.0.0.1:{port}&region=us-east-1"
@@ -276,8 +276,6 @@ def unconditional(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[s
 def test_a_service_without_conditional_writes_is_refused_for_writing(
     unconditional: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ReadOnlyError, match="only be read: its service creates an object that is there already"):
-        commit(open_store(unconditional), {})
     made = tmp_path / "made"
     commit(open_store(str(made)), tree(tmp_path / "source", 3 * MIB))
     subprocess.run(["cp", "-r", f"{made}/.", str(tmp_path / "remote" / "bucket" / "store")], check=True)
@@ -285,6 +283,9 @@ def test_a_service_without_conditional_writes_is_refused_for_writing(
     monkeypatch.setenv("ARTIFACTFS_STORE", unconditional)
     checks = {check.what: check for check in examine(load())}
     assert not checks["store"].ok and "only be read" in checks["store"].found
+    for url in (unconditional, unconditional.replace("/store?", "/new?")):
+        with pytest.raises(ReadOnlyError, match="only be read: its service creates an object that is there already"):
+            commit(open_store(url), {})
 
 
 def test_doctor_looks_at_the_bucket(url: str, monkeypatch: pytest.MonkeyPatch) -> None:

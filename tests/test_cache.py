@@ -1085,4 +1085,5 @@ class CacheMachine(RuleBasedStateMachine):
 def test_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CACHE_MACHINE_ROOT", str(tmp_path))
     logging.getLogger("artifactfs.cache").setLevel(logging.ERROR)
-    run_state_machine_as_test(CacheMachine, settings=settings(max_examples=20, stateful_step_count=30, deadline=None))
+    examples = 100 if "ARTIFACTFS_LONG_TESTS" in os.environ else 12
+    run_state_machine_as_test(CacheMachine, settings=settings(max_examples=examples, stateful_step_count=30, deadline=None))

@@ -56,7 +56,7 @@ def commit(number: int, start: Event) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)  # sixty processes and a server, on what may be two busy cores
+@pytest.mark.timeout(900)  # sixty processes and a server, on what may be two busy cores
 def test_no_edit_is_lost_and_no_alias_is_missing(store: NativeStore) -> None:
     for number in range(TARGETS):
         artifact = made(f"first {number}")

@@ -300,7 +300,7 @@ def walk(root: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.timeout(120 + STEPS)
+@pytest.mark.timeout(300 + STEPS)
 def test_a_stage_is_like_a_directory(world: World, seed: int) -> None:
     twins = Twins(world, seed)
     happens = (Twins.crash, Twins.commit, Twins.compare)

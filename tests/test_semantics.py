@@ -72,7 +72,7 @@ def outputs(commands: list[Command], directory: Path) -> list[str]:
     env = {**os.environ, "PATH": search, "LC_ALL": "C.UTF-8", "TZ": "UTC", "PYTHONUNBUFFERED": "1"}
     try:
         done = subprocess.run(
-            ["bash", str(script)], stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, timeout=100, cwd=work, env=env
+            ["bash", str(script)], stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, timeout=250, cwd=work, env=env
         )
     finally:
         _clean_up(work)

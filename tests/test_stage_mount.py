@@ -44,7 +44,7 @@ BASE: Files = {"keep": b"kept", "change": b"before", "data/big": bytes(range(256
 
 
 def run(*command: str | Path, **options: Any) -> str:
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=100, **options)
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=250, **options)
     assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
     return done.stdout
 

@@ -369,4 +369,4 @@ class StagingMachine(RuleBasedStateMachine):
 
 
 StagingMachine.TestCase.settings = settings(max_examples=30, stateful_step_count=40, deadline=None)
-TestStaging = pytest.mark.timeout(300)(StagingMachine.TestCase)
+TestStaging = pytest.mark.timeout(600)(StagingMachine.TestCase)
