@@ -54,11 +54,10 @@ class Bucket:
         All of one object: the one that is pinned, or the one that the first answer is of. SourceChangedError if it is not that or
         ends before. A connection that breaks is resumed where it broke.
         """
-        attempts = Attempts(self._where(key), self.deadline)
+        tries = _Tries(self, key)
         position, end = offset, offset + size
-        renewed = False
         while position < end:
-            try:
+            with tries.one():
                 answer = self._service.get(key, (position, end), pin)
                 self._check(answer, position, end, pin)
                 pin = Pin(answer.stat.etag or pin.etag, pin.version, answer.stat.size)
@@ -66,38 +65,23 @@ class Bucket:
                     if position + len(piece) > end:
                         raise IntegrityError(f"{self._where(key)}: the service sends more than was asked for")
                     position += len(piece)
-                    attempts.arrived(len(piece), len(piece))
+                    tries.attempts.arrived(len(piece), len(piece))
                     yield piece
                 if position < end:
                     raise TransientError("the answer ended too early")
-            except TransientError as error:
-                attempts.failed(error)
-            except RefusedError:
-                raise self._changed(key) from None
-            except DeniedError as denied:
-                if renewed or not self._service.renew():
-                    raise denied.error from None
-                renewed = True
 
     def scan(self, prefix: str) -> Iterator[Stat]:
         """The objects whose key starts with ``prefix`` (any string), in the service's order, which may not be that of bytes. In
         bounded memory. None of them is no error."""
         resume = ""
-        attempts = Attempts(self._where(prefix), self.deadline)
-        renewed = False
+        tries = _Tries(self, prefix)
         while True:
-            try:
+            with tries.one():
                 for stats, after in self._service.listing(prefix, resume):
-                    attempts = Attempts(self._where(prefix), self.deadline)
+                    tries.progressed()
                     yield from stats
                     resume = after
                 return
-            except TransientError as error:
-                attempts.failed(error)
-            except DeniedError as denied:
-                if renewed or not self._service.renew():
-                    raise denied.error from None
-                renewed = True
 
     def folders(self, prefix: str) -> list[str]:
         """The names directly below ``prefix`` (ends with ``/``, or is "") that have objects below them, sorted."""
@@ -175,19 +159,10 @@ class Bucket:
 
     def _tried(self, key: str, action: Callable[[], _Result]) -> _Result:
         """What ``action`` returns, tried again as the policy says. It must be one that may be done twice."""
-        attempts = Attempts(self._where(key), self.deadline)
-        renewed = False
+        tries = _Tries(self, key)
         while True:
-            try:
+            with tries.one():
                 return action()
-            except TransientError as error:
-                attempts.failed(error)
-            except RefusedError:
-                raise self._changed(key) from None
-            except DeniedError as denied:
-                if renewed or not self._service.renew():
-                    raise denied.error from None
-                renewed = True
 
     def _check(self, answer: Answer, start: int, end: int, pin: Pin) -> None:
         """Nothing, if the answer is of the range asked for and of what is pinned."""
@@ -207,6 +182,35 @@ class Bucket:
     def _where(self, key: str) -> str:
         shown = "".join(char if char.isprintable() else "?" for char in key)
         return f"{self.url}/{shown}"
+
+
+class _Tries:
+    """The attempts at one operation, as the policy says: broken ones are repeated within the deadline, denied ones once, with
+    renewed credentials."""
+
+    def __init__(self, bucket: Bucket, key: str) -> None:
+        self._bucket = bucket
+        self._key = key
+        self._renewed = False
+        self.progressed()
+
+    def progressed(self) -> None:
+        """The deadline begins anew."""
+        self.attempts = Attempts(self._bucket._where(self._key), self._bucket.deadline)
+
+    @contextlib.contextmanager
+    def one(self) -> Iterator[None]:
+        """Ends quietly where the attempt inside is to be repeated."""
+        try:
+            yield
+        except TransientError as error:
+            self.attempts.failed(error)
+        except RefusedError:
+            raise self._bucket._changed(self._key) from None
+        except DeniedError as denied:
+            if self._renewed or not self._bucket._service.renew():
+                raise denied.error from None
+            self._renewed = True
 
 
 class _Upload:
