@@ -343,9 +343,9 @@ class _Exchange:
         sent, began = 0, time.monotonic()
         for piece in self._request_body():
             part = piece if fault is None else piece[: fault.at - sent]
+            self._proxy.moved(up=len(part))  # before whoever gets it can look
             self._server.connection.sendall(part)
             sent += len(part)
-            self._proxy.moved(up=len(part))
             self._proxy.pace(began, sent)
             if fault is not None and sent >= fault.at:
                 break
@@ -396,9 +396,9 @@ class _Exchange:
             part = self._corrupted(piece, sent, length)
             if 0 <= stop < sent + len(part):
                 part = part[: stop - sent]
+            self._proxy.moved(down=len(part))
             self._client.connection.sendall(part)
             sent += len(part)
-            self._proxy.moved(down=len(part))
             self._proxy.pace(began, sent)
             if sent == stop:
                 assert fault is not None

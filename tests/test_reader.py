@@ -256,12 +256,12 @@ def test_sequential_reads_fetch_every_byte_once(
 
 
 def test_sequential_reads_use_several_streams(server: FaultServer, make: Make) -> None:
-    server.faults.latency = 0.05
+    server.faults.latency = 0.2
     handle = make().open(reference(server, "/large"))
     began = time.monotonic()
     assert read_through(handle) == LARGE
     assert server.most_concurrent > 2
-    assert time.monotonic() - began < 32 * 0.05
+    assert time.monotonic() - began < 32 * 0.2
 
 
 def test_readahead_out_of_order_keeps_the_window(server: FaultServer, make: Make) -> None:
@@ -609,7 +609,7 @@ def test_errors_are_not_remembered(server: FaultServer, make: Make) -> None:
 
 
 def test_a_stall_delays_only_who_needs_it(server: FaultServer, store: WebStore, make: Make, tmp_path: Path) -> None:
-    reader = make(deadline=2.0)
+    reader = make(deadline=5.0)
     ref = reference(server)
     stalled = reader.open(ref)
     assert stalled.read(7 * MIB, 10) == DATA[7 * MIB : 7 * MIB + 10]
@@ -624,11 +624,11 @@ def test_a_stall_delays_only_who_needs_it(server: FaultServer, store: WebStore, 
         assert stalled.read(7 * MIB, 10) == DATA[7 * MIB : 7 * MIB + 10]  # cached
         assert local.read(0, 5) == b"local"
         assert read_through(other) == DATA
-        assert time.monotonic() - began < 2.0
+        assert time.monotonic() - began < 5.0
         for future in waiting:
             with pytest.raises(NetworkError):
-                future.result(10)
-        assert time.monotonic() - began < 6.0
+                future.result(30)
+        assert time.monotonic() - began < 20.0
     server.faults.stall_after = None
     assert stalled.read(0, 10) == DATA[:10]
 

@@ -205,29 +205,29 @@ def test_random_reads_fetch_a_block_and_take_one_round_trip(far: Make) -> None:
     user = far()
     view = user.view()
     fh = view.open("/large", os.O_RDONLY)
-    user.objects.delay = 0.05
+    user.objects.delay = delay = 0.3  # much more than a busy machine adds
     user.objects.reset()
     times = []
-    for block in random.Random(5).sample(range(40), 11):
+    for block in random.Random(5).sample(range(40), 7):
         begun = time.monotonic()
         offset = block * BLOCK + 1000
         assert view.read(fh, 64 << 10, offset) == LARGE[offset : offset + (64 << 10)]
         times.append(time.monotonic() - begun)
-    assert times[0] < 1.8 * 0.05, "the block list is fetched beside the first block"
-    assert sorted(times)[5] < 1.6 * 0.05
-    assert user.objects.fetched <= 11 * BLOCK + 41 * 32
+    assert times[0] < 1.9 * delay, "the block list is fetched beside the first block"
+    assert sorted(times)[3] < 1.6 * delay
+    assert user.objects.fetched <= 7 * BLOCK + 41 * 32
 
 
 def test_in_sequence_each_byte_is_fetched_once_by_several_streams(far: Make) -> None:
     user = far()
     view = user.view()
-    user.objects.delay = 0.02
+    user.objects.delay = 0.1
     view.getattr("/large")
     user.objects.reset()
     begun = time.monotonic()
     assert content(view, "large") == LARGE
     assert user.objects.fetched == len(LARGE) + 41 * 32
-    assert time.monotonic() - begun < 41 * 0.02, "one after the other they would take longer"
+    assert time.monotonic() - begun < 41 * 0.1, "one after the other they would take longer"
 
 
 # Pages
@@ -330,7 +330,7 @@ def test_a_range_that_cannot_be_read_spoils_nothing_in_it(far: Make) -> None:
 
 
 def test_a_stall_delays_only_who_needs_it(far: Make) -> None:
-    user = far(deadline=1.0)
+    user = far(deadline=3.0)
     view = user.view()
     assert content(view, "d0/f000") == SMALL["d0/f000"]
     user.objects.stalled.clear()
@@ -339,7 +339,7 @@ def test_a_stall_delays_only_who_needs_it(far: Make) -> None:
     begun = time.monotonic()
     assert len(list(view.readdir("/d0"))) == 80
     assert content(view, "d0/f000") == SMALL["d0/f000"]
-    assert time.monotonic() - begun < 0.5
+    assert time.monotonic() - begun < 2.5, "it does not wait for the deadline"
     user.objects.stalled.set()
     assert content(view, "d0/f003") == SMALL["d0/f003"]
 
@@ -519,7 +519,7 @@ def test_wrong_bytes_a_stall_and_a_lost_link_at_a_mount(team: Team) -> None:
         begun = time.monotonic()
         assert len(os.listdir(mount / "d0")) == 80
         assert right(mount, ["d0/f000"])
-        assert time.monotonic() - begun < 2
+        assert time.monotonic() - begun < 8
         assert not waiting.done()
         team.proxy.clear()
         team.proxy.release()
