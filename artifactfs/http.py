@@ -10,7 +10,8 @@ A content at a URL is *pinned* by what is known of it (:class:`Pin`); every answ
 - Without an ETag, ``Last-Modified`` is compared, and always the size.
 
 Bytes are taken as they are stored (no content encoding is asked for, none is undone), so ranges and sizes mean the same
-on both sides. Errors: 401/403 NotPermittedError, 404/410 NotFoundError, a 412, a 416 or another validator
+on both sides. A request of an API (:func:`call`) has a method, headers and a body of its own, and its answer is taken as it is, whatever
+its status says, unless another attempt may mend that. Errors: 401/403 NotPermittedError, 404/410 NotFoundError, a 412, a 416 or another validator
 SourceChangedError, an answer of another range IntegrityError, all else NetworkError once the retries are used up.
 """
 
@@ -23,11 +24,12 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from email.utils import parsedate_to_datetime
 from http.cookiejar import DefaultCookiePolicy
-from urllib.parse import urlsplit, urlunsplit
+from typing import Protocol
+from urllib.parse import urljoin, urlsplit, urlunsplit
 
 import requests
 import requests.adapters
@@ -47,6 +49,7 @@ from artifactfs.errors import (
 _RETRY_AFTER_MAX = 30.0  # a server that asks for more is asked again after this many seconds, if the deadline allows
 _PIECE = 256 << 10  # at most this much is read at once; what has arrived is passed on without waiting for more
 _DRAIN = 64 << 10  # a body up to this size is cheaper to read than its connection to replace
+_ANSWER_MAX = 1 << 30  # bytes of an API's answer: a listing of some million files
 _POOL = 64  # kept connections a host: more streams than a mount ever has in flight to one
 
 _CONTENT_RANGE = re.compile(r"bytes\s+([0-9]+)-([0-9]+)/([0-9]+|\*)\s*", re.IGNORECASE)
@@ -71,6 +74,87 @@ class NoRangesError(ArtifactFSError):
         self.stream = stream
 
 
+class RedirectedError(ArtifactFSError):
+    """The server has the content elsewhere, and the request was one that does not follow; ``location`` is where."""
+
+    def __init__(self, url: str, location: str) -> None:
+        super().__init__(f"{shown(url)} redirects to {shown(location)}")
+        self.location = location
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Access:
+    """``headers`` are sent with a request, never to where it is redirected. ``follow`` False: a redirect is a
+    :class:`RedirectedError`."""
+
+    headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    follow: bool = True
+
+
+ANYBODY = Access()
+
+
+class Body(Protocol):
+    """What is sent: ``len()`` tells its bytes, so that the request does."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, size: int = -1, /) -> bytes: ...
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Answer:
+    """What an API answered."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+def call(
+    method: str,
+    url: str,
+    *,
+    access: Access = ANYBODY,
+    body: Callable[[], Body | bytes] | None = None,
+    attempts: Attempts,
+    repeat: bool = True,
+    patience: float = 0.0,
+    limit: int = _ANSWER_MAX,
+) -> Answer:
+    """One request of an API, repeated while another attempt may mend it; ``body`` opens what is sent, anew for each.
+
+    With ``repeat`` False it is sent once, and TransientError says that its answer is not known. ``patience``: seconds to wait for the
+    answer to what takes the server long, instead of those of ``attempts``. NetworkError for an answer of more than ``limit`` bytes.
+    """
+    while True:
+        try:
+            connect, wait = attempts.timeouts()
+            times = (connect, max(wait, patience))
+            with closing(_send(url, access, attempts, method, body() if body else None, times)) as response:
+                if response.status_code in TRANSIENT:
+                    response.close()
+                    raise TransientError(_status_text(response), _retry_after(response))
+                return Answer(response.status_code, dict(response.headers), _all_of(response, attempts, limit, url))
+        except TransientError as error:
+            if not repeat:
+                raise
+            attempts.failed(error)
+
+
+def _all_of(response: requests.Response, attempts: Attempts, limit: int, url: str) -> bytes:
+    """The whole body. TransientError where it ends before its announced length."""
+    size = _content_length(response)
+    data = bytearray()
+    for piece in _pieces(response, 0, -1, attempts):
+        data += piece
+        if len(data) > limit:
+            raise NetworkError(f"{shown(url)}: the answer is longer than {limit} bytes, which is no sensible one")
+    if 0 <= size != len(data):
+        raise TransientError("the answer ended too early")
+    return bytes(data)
+
+
 def shown(url: str) -> str:
     """``url`` for messages: without user, password and fragment, and without values of query parameters that may be secret."""
     url = "".join(char if char.isprintable() else "?" for char in url)
@@ -91,7 +175,7 @@ def probe(url: str, deadline: float = DEADLINE) -> Pin:
     attempts = Attempts(shown(url), deadline)
     while True:
         try:
-            with closing(_send(url, {}, attempts)) as response:
+            with closing(_send(url, ANYBODY, attempts)) as response:
                 _check_status(response, url)
                 pin = _pin_of(response)
                 if 0 <= pin.size <= _DRAIN:
@@ -101,19 +185,22 @@ def probe(url: str, deadline: float = DEADLINE) -> Pin:
             attempts.failed(error)
 
 
-def get_range(url: str, offset: int, size: int, pin: Pin, deadline: float = DEADLINE) -> Iterator[bytes]:
+def get_range(
+    url: str, offset: int, size: int, pin: Pin, deadline: float = DEADLINE, access: Access = ANYBODY
+) -> Iterator[bytes]:
     """Stream exactly ``size`` bytes from ``offset``, in pieces as they arrive; ``pin.size`` must be known.
 
-    A connection that breaks is resumed where it broke, with the same pin. :class:`NoRangesError` if the server answers
-    with the whole content where a part was asked for.
+    A connection that breaks is resumed where it broke, with the same pin, or where that has none with what the first answer
+    said. :class:`NoRangesError` if the server answers with the whole content where a part was asked for.
     """
     attempts = Attempts(shown(url), deadline)
     position, end = offset, offset + size
     while position < end:
         try:
-            response = _ask(url, position, end, pin, attempts)
+            response = _ask(url, position, end, pin, attempts, access)
+            pin = _learned(pin, response)
             if response.status_code == 200 and (offset, size) != (0, pin.size):
-                raise NoRangesError(url, _whole(url, pin, attempts, response))
+                raise NoRangesError(url, _whole(url, pin, attempts, response, access))
             with closing(response):
                 skip = position if response.status_code == 200 else 0
                 for piece in _pieces(response, skip, end - position, attempts):
@@ -127,14 +214,37 @@ def get_whole(url: str, deadline: float = DEADLINE) -> Iterator[bytes]:
     """Stream a content of unknown size to its end. A connection that breaks is an error: nothing pins a second answer."""
     attempts = Attempts(shown(url), deadline)
     try:
-        with closing(_send(url, {}, attempts)) as response:
+        with closing(_send(url, ANYBODY, attempts)) as response:
             _check_status(response, url)
             yield from _pieces(response, 0, -1, attempts)
     except TransientError as error:
         raise NetworkError(f"{shown(url)}: {error}; try again") from None
 
 
-def _whole(url: str, pin: Pin, attempts: Attempts, response: requests.Response) -> Iterator[bytes]:
+def get_pin(url: str, size: int, deadline: float = DEADLINE, access: Access = ANYBODY) -> Pin:
+    """What the server says of a content of ``size`` bytes, from its answer to a request for the first of them. A server that sends
+    no ranges is told by ``Pin.size``: -1. Errors as of :func:`get_range`."""
+    attempts = Attempts(shown(url), deadline)
+    while True:
+        try:
+            with closing(_ask(url, 0, 1, Pin(size=size), attempts, access)) as response:
+                known = _learned(Pin(size=size), response)
+                if response.status_code == 206:
+                    response.raw.drain_conn()
+                    return known
+                return dataclasses.replace(known, size=-1)
+        except TransientError as error:
+            attempts.failed(error)
+
+
+def _learned(pin: Pin, response: requests.Response) -> Pin:
+    """``pin``, or where it tells no validator that of the answer."""
+    if pin.etag or pin.modified:
+        return pin
+    return dataclasses.replace(_pin_of(response), size=pin.size)
+
+
+def _whole(url: str, pin: Pin, attempts: Attempts, response: requests.Response, access: Access = ANYBODY) -> Iterator[bytes]:
     """The whole content, beginning with an answer that is already there; after a break, read again up to where it broke."""
     position = 0
     while True:
@@ -146,14 +256,14 @@ def _whole(url: str, pin: Pin, attempts: Attempts, response: requests.Response) 
                     yield piece
             return
         except TransientError as error:
-            response = _reopen(url, position, pin, attempts, error)
+            response = _reopen(url, position, pin, attempts, error, access)
 
 
-def _reopen(url: str, position: int, pin: Pin, attempts: Attempts, error: TransientError) -> requests.Response:
+def _reopen(url: str, position: int, pin: Pin, attempts: Attempts, error: TransientError, access: Access) -> requests.Response:
     while True:
         attempts.failed(error)
         try:
-            return _ask(url, position, pin.size, pin, attempts)
+            return _ask(url, position, pin.size, pin, attempts, access)
         except TransientError as again:
             error = again
 
@@ -202,13 +312,13 @@ def _forget_session() -> None:
 os.register_at_fork(after_in_child=_forget_session)
 
 
-def _ask(url: str, start: int, end: int, pin: Pin, attempts: Attempts) -> requests.Response:
+def _ask(url: str, start: int, end: int, pin: Pin, attempts: Attempts, access: Access = ANYBODY) -> requests.Response:
     """The answer to a request for bytes ``start`` to ``end`` (exclusive), checked to be of that range and of what is pinned:
     a 206, or a 200 with the whole content."""
-    headers = {"Range": f"bytes={start}-{end - 1}"}
+    headers = {**access.headers, "Range": f"bytes={start}-{end - 1}"}
     if pin.etag and not pin.etag.startswith("W/"):
         headers["If-Match"] = pin.etag
-    response = _send(url, headers, attempts)
+    response = _send(url, Access(headers, access.follow), attempts)
     try:
         _check_status(response, url)
         total = _check_content_range(response, url, start, end) if response.status_code == 206 else _content_length(response)
@@ -219,10 +329,42 @@ def _ask(url: str, start: int, end: int, pin: Pin, attempts: Attempts) -> reques
     return response
 
 
-def _send(url: str, headers: dict[str, str], attempts: Attempts) -> requests.Response:
+class _Headers(requests.auth.AuthBase):
+    """Sets an ``Authorization`` of our own, over which a ``~/.netrc`` does not go."""
+
+    def __init__(self, headers: Mapping[str, str]) -> None:
+        self._headers = headers
+
+    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        request.headers.update(self._headers)
+        return request
+
+
+def _send(
+    url: str,
+    access: Access,
+    attempts: Attempts,
+    method: str = "GET",
+    body: Body | bytes | None = None,
+    timeout: tuple[float, float] | None = None,
+) -> requests.Response:
     """The head of an answer, its body unread. Foreign exceptions become this module's here."""
+    own = {name: value for name, value in access.headers.items() if name.lower() == "authorization"}
     try:
-        return _session().get(url, headers=headers, stream=True, timeout=attempts.timeouts())
+        response = _session().request(
+            method,
+            url,
+            headers={name: value for name, value in access.headers.items() if name not in own},
+            auth=_Headers(own) if own else None,
+            data=body,
+            stream=True,
+            timeout=timeout or attempts.timeouts(),
+            allow_redirects=access.follow,
+        )
+        if not access.follow and response.is_redirect:
+            response.close()
+            raise RedirectedError(url, urljoin(url, response.headers["Location"]))
+        return response
     except (requests.exceptions.ConnectionError, requests.exceptions.Timeout) as error:
         if _is_untrusted(error):
             text = f"{shown(url)}: the server's TLS certificate is not trusted; set REQUESTS_CA_BUNDLE if it is your own"
@@ -264,7 +406,7 @@ def _check_status(response: requests.Response, url: str) -> None:
         return
     response.close()
     if status in TRANSIENT:
-        raise TransientError(f"the server answers {status} {_phrase(response)}".rstrip(), _retry_after(response))
+        raise TransientError(_status_text(response), _retry_after(response))
     if status in (401, 403):
         raise NotPermittedError(
             f"{shown(url)}: the server refuses access ({status}); check your credentials or the link's expiry"
@@ -274,6 +416,10 @@ def _check_status(response: requests.Response, url: str) -> None:
     if status in (412, 416):
         raise SourceChangedError(f"{shown(url)} is no longer what was recorded (the server answers {status}); add it again")
     raise NetworkError(f"{shown(url)}: the server answers {status} {_phrase(response)}".rstrip())
+
+
+def _status_text(response: requests.Response) -> str:
+    return f"the server answers {response.status_code} {_phrase(response)}".rstrip()
 
 
 def _phrase(response: requests.Response) -> str:
