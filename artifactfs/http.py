@@ -10,9 +10,11 @@ A content at a URL is *pinned* by what is known of it (:class:`Pin`); every answ
 - Without an ETag, ``Last-Modified`` is compared, and always the size.
 
 Bytes are taken as they are stored (no content encoding is asked for, none is undone), so ranges and sizes mean the same
-on both sides. A request of an API (:func:`call`) has a method, headers and a body of its own, and its answer is taken as it is, whatever
-its status says, unless another attempt may mend that. Errors: 401/403 NotPermittedError, 404/410 NotFoundError, a 412, a 416 or another validator
+on both sides. Errors: 401/403 NotPermittedError, 404/410 NotFoundError, a 412, a 416 or another validator
 SourceChangedError, an answer of another range IntegrityError, all else NetworkError once the retries are used up.
+
+A request of an API (:func:`call`) has a method, headers and a body of its own, and its answer is taken as it is, whatever its
+status says, unless another attempt may mend that.
 """
 
 from __future__ import annotations
@@ -124,8 +126,9 @@ def call(
 ) -> Answer:
     """One request of an API, repeated while another attempt may mend it; ``body`` opens what is sent, anew for each.
 
-    With ``repeat`` False it is sent once, and TransientError says that its answer is not known. ``patience``: seconds to wait for the
-    answer to what takes the server long, instead of those of ``attempts``. NetworkError for an answer of more than ``limit`` bytes.
+    With ``repeat`` False it is sent once, and TransientError says that its answer is not known. ``patience``: seconds to wait for
+    the answer to what takes the server long, instead of those of ``attempts``. NetworkError for an answer of more than ``limit``
+    bytes.
     """
     while True:
         try:
@@ -222,8 +225,8 @@ def get_whole(url: str, deadline: float = DEADLINE) -> Iterator[bytes]:
 
 
 def get_pin(url: str, size: int, deadline: float = DEADLINE, access: Access = ANYBODY) -> Pin:
-    """What the server says of a content of ``size`` bytes, from its answer to a request for the first of them. A server that sends
-    no ranges is told by ``Pin.size``: -1. Errors as of :func:`get_range`."""
+    """What the server says of a content of ``size`` bytes, from its answer to a request for the first of them; with ``size`` -1 of
+    one that sends no ranges. Errors as of :func:`get_range`."""
     attempts = Attempts(shown(url), deadline)
     while True:
         try:
