@@ -16,18 +16,7 @@ from blake3 import blake3
 
 from artifactfs import download
 from artifactfs.comet.artifact import Added, Artifact, checked_aliases
-from artifactfs.comet.assets import (
-    ASSET_TYPE,
-    ERROR,
-    FOLDER,
-    MAX_SIDECAR,
-    SIDECAR,
-    SYNCED,
-    ArtifactAsset,
-    decode_sidecar,
-    is_synced,
-    shown_metadata,
-)
+from artifactfs.comet.assets import ASSET_TYPE, ArtifactAsset, shown_metadata
 from artifactfs.comet.exceptions import (
     ArtifactAssetNotFound,
     ArtifactDownloadException,
@@ -42,6 +31,7 @@ from artifactfs.model import BLAKE3, Collection, Dir, Entry, File, Ref, Run, Sym
 from artifactfs.names import LATEST, ArtifactName, check_tags, entry_path
 from artifactfs.semver import SemVer
 from artifactfs.session import Session
+from artifactfs.store.comet.words import ERROR, FOLDER, MAX_SIDECAR, SIDECAR, SYNCED, decode_sidecar, is_synced
 from artifactfs.store.semvers import semver_of
 
 _STRATEGIES: dict[object, Existing] = {
