@@ -28,7 +28,7 @@ from typing import Literal, TypeAlias
 
 from blake3 import blake3
 
-from artifactfs.content import DIGEST_SIZE, Checksum, Hasher, block_digest
+from artifactfs.content import DIGEST_SIZE, EntryChecksum, Hasher, block_digest
 from artifactfs.errors import (
     ArtifactFSError,
     ConflictError,
@@ -447,7 +447,8 @@ class _Job:
         if entry.size >= 0 and offset != entry.size:
             raise IntegrityError(f"{self._where(path)} has {entry.size} bytes, but only {offset} could be read")
         # Read in sequence it was compared on the way; unless there was nowhere to keep what came out of order.
-        if isinstance(entry, Remote) and not self._reader.is_verified(entry) and not _has_content(part.fd, entry):
+        unknown = isinstance(entry, Remote) and entry.checksum and not self._reader.is_verified(entry)
+        if unknown and not _has_content(part.fd, entry):
             raise IntegrityError(f"{self._where(path)} is not what was recorded: its {entry.algorithm} is another")
 
     def _block_digests(self, entry: Stored) -> bytes:
@@ -674,7 +675,9 @@ def _has_content(fd: int, entry: Stored) -> bool:
     """Whether a file has the bytes of an entry whose content was recorded."""
     if not isinstance(entry, Remote):
         return _content_id(fd) == entry.id
-    checksum = Checksum(entry.algorithm)
+    if not entry.checksum:  # nobody knows
+        return False
+    checksum = EntryChecksum(entry.algorithm)
     offset = 0
     while data := os.pread(fd, BLOCK, offset):
         checksum.update(data)

@@ -225,8 +225,8 @@ def get_whole(url: str, deadline: float = DEADLINE) -> Iterator[bytes]:
 
 
 def get_pin(url: str, size: int, deadline: float = DEADLINE, access: Access = ANYBODY) -> Pin:
-    """What the server says of a content of ``size`` bytes, from its answer to a request for the first of them; with ``size`` -1 of
-    one that sends no ranges. Errors as of :func:`get_range`."""
+    """What the server says of a content of ``size`` bytes, from its answer to a request for the first of them; with ``size`` -1
+    of one that sends no ranges. Errors as of :func:`get_range`."""
     attempts = Attempts(shown(url), deadline)
     while True:
         try:

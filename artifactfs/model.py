@@ -65,7 +65,7 @@ class File(msgspec.Struct, frozen=True, array_like=True, tag=0, gc=False):
 
 
 class Remote(File, frozen=True, array_like=True, tag=4, gc=False):
-    """Stored content of an artifact server, which knows it by MD5 or XXH128 and not by BLAKE3.
+    """Stored content of an artifact server, which knows it by MD5, XXH128 or, if artifactfs logged it, BLAKE3.
 
     ``id`` is made of the server's URL and that checksum (:func:`remote_id`), so it is no content id: nothing can be compared with
     it. ``checksum`` "" is a content of which the server tells no checksum: it is only pinned. ``locator`` says to the store where
@@ -75,6 +75,11 @@ class Remote(File, frozen=True, array_like=True, tag=4, gc=False):
     locator: str = ""
     etag: str = ""
     modified: str = ""
+
+    @property
+    def digest(self) -> str:
+        """The checksum users see, base64; "" where the server tells none."""
+        return self.checksum
 
 
 class Page(msgspec.Struct, frozen=True, array_like=True, gc=False):

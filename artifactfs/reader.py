@@ -34,7 +34,7 @@ from cachetools import LRUCache
 
 from artifactfs.cache import BlockCache, CachedContent
 from artifactfs.cache.records import Records
-from artifactfs.content import DIGEST_SIZE, Checksum, block_digest, check_block_list
+from artifactfs.content import DIGEST_SIZE, EntryChecksum, block_digest, check_block_list
 from artifactfs.errors import ArtifactFSError, IntegrityError, NetworkError, SourceChangedError
 from artifactfs.model import BLOCK, File, Ref, Remote, block_count, reference_key, remote_key, scheme_of
 from artifactfs.packed import OTHERS, PackedContents, Small, closed_error, offline_error
@@ -907,7 +907,7 @@ class _Whole:
 
     def __init__(self, entry: Remote) -> None:
         self._lock = threading.Lock()
-        self._hash = Checksum(entry.algorithm)
+        self._hash = EntryChecksum(entry.algorithm)
         self._digests = bytearray()
         self._next = 0
 
@@ -1234,7 +1234,7 @@ def _check_empty(entry: Remote, where: str) -> None:
 
 
 def _checksum(entry: Remote, data: bytes) -> str:
-    checksum = Checksum(entry.algorithm)
+    checksum = EntryChecksum(entry.algorithm)
     checksum.update(data)
     return checksum.finish()
 

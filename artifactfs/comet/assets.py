@@ -1,6 +1,7 @@
 """Assets: what an artifact has at a logical path, and how a version keeps what its entries cannot hold.
 
-A stored asset is a file of the version, a remote one a reference; ``artifactfs/store/comet/words.py`` tells where their metadata is.
+A stored asset is a file of the version, a remote one a reference; ``artifactfs/store/comet/words.py`` tells where their metadata
+is.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """``open_store(url)``: the store a URL names.
 
 A path or ``file:///path``; ``s3://bucket/prefix``, ``gs://bucket/prefix`` or ``az://container/prefix``, with options behind a
-``?`` (``endpoint_url``, ``region``, ``profile``, ``sse``, ``sse_kms_key_id``; ``account``); ``wandb://host[:port]``. No secret is
-ever part of a URL.
+``?`` (``endpoint_url``, ``region``, ``profile``, ``sse``, ``sse_kms_key_id``; ``account``); ``wandb://host[:port]`` or
+``comet://host[:port]``. No secret is ever part of a URL.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from artifactfs.store import Store
 from artifactfs.store.native import NativeStore
 
 BUCKETS = ("s3", "gs", "az")
-SERVERS = ("wandb",)
+SERVERS = ("wandb", "comet")
 
 
 def open_store(url: str, cache: BlockCache | None = None, offline: bool = False) -> Store:
@@ -32,6 +32,10 @@ def open_store(url: str, cache: BlockCache | None = None, offline: bool = False)
         from artifactfs.store.wandb import open_wandb  # requests and ijson cost 0.2 s: only for those whose store is a server
 
         return open_wandb(url, cache, offline)
+    if scheme_of(url) == "comet":
+        from artifactfs.store.comet.store import open_comet  # requests costs 0.2 s, as above
+
+        return open_comet(url, cache, offline)
     return NativeStore(open_objects(url), cache, offline)
 
 

@@ -10,8 +10,8 @@ metadata under the one key :data:`OURS`:
 - ``{"directory": true}``: an empty file in a directory that has nothing else, for the sake of that.
 - ``{"extra": {…}, "digest": "…", "size": 5, "executable": true}`` of a reference: what pins it, unless Comet's own words say all.
 
-All other metadata of an asset is its user's. That is shown, and set, as the file ``.comet/assets.json`` of a version, the same that
-``artifactfs.comet`` keeps in stores of our own.
+All other metadata of an asset is its user's. That is shown, and set, as the file ``.comet/assets.json`` of a version, the same
+that ``artifactfs.comet`` keeps in stores of our own.
 """
 
 from __future__ import annotations

@@ -1,19 +1,19 @@
 """``comet://host``: the artifacts of a Comet server as a store.
 
-======================================  =================================================================================
-Comet                                   here
-======================================  =================================================================================
-workspace                               entity
-project of the artifact                 project; in a name any will do, as artifacts are the workspace's
-artifact, its tags                      collection, its tags
-version ``1.2.0``                       version; ``v0``, ``v1``, … are its place in the order in which they were begun
-aliases, version tags, metadata         aliases, tags, metadata. ``latest`` is the newest version that is closed
-asset; remote asset                     file (a ``model.Remote``); reference
-experiment                              run
-======================================  =================================================================================
+==============================  ========================================================================================
+Comet                           here
+==============================  ========================================================================================
+workspace                       entity
+project of the artifact         project; in a name any will do, as artifacts are the workspace's
+artifact, its tags              collection, its tags
+version ``1.2.0``               version; ``v0``, ``v1``, … are its place in the order in which they were begun
+aliases, tags, metadata         the same. ``latest`` is the newest version that is closed
+asset; remote asset             file (a ``model.Remote``); reference
+experiment                      run
+==============================  ========================================================================================
 
-Only closed versions count. The files of one never change, so the list of them is fetched once and kept as a tree; the rest is asked
-for each time. What was last told of an artifact is kept for ``--offline``.
+Only closed versions count. The files of one never change, so the list of them is fetched once and kept as a tree; the rest is
+asked for each time. What was last told of an artifact is kept for ``--offline``.
 
 The number of a version is for this process fixed once it was given: a version that somebody deletes on the server does not move the
 others under the feet of who has a name of them.
@@ -27,7 +27,6 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
@@ -35,15 +34,13 @@ import msgspec
 from artifactfs.cache import BlockCache
 from artifactfs.content import fingerprint
 from artifactfs.errors import (
-    ArtifactFSError,
     ConflictError,
     IntegrityError,
     InvalidNameError,
     NotFoundError,
-    NotPermittedError,
     UsageError,
 )
-from artifactfs.model import BLAKE3, Collection, Dir, Entry, File, Ref, Remote, Run, Symlink, Version, remote_id
+from artifactfs.model import BLAKE3, Collection, Dir, Entry, File, Remote, Run, Version, remote_id
 from artifactfs.names import (
     LATEST,
     ArtifactName,
@@ -69,7 +66,6 @@ from artifactfs.store.comet.client import (
 )
 from artifactfs.store.comet.words import SIDECAR, encode_sidecar
 from artifactfs.store.drafts import Draft, Published
-from artifactfs.store.native import now
 from artifactfs.store.server import ArtifactServer
 from artifactfs.store.upload import Report
 from artifactfs.tree import EMPTY
@@ -106,7 +102,9 @@ class CometStore(ArtifactServer):
 
     def projects(self, entity: str) -> list[str]:
         self.check_online("a list of projects")
-        return _valid({*self.client.projects(entity), *(row.project or "" for row in self.client.artifacts(entity))}, check_project)
+        return _valid(
+            {*self.client.projects(entity), *(row.project or "" for row in self.client.artifacts(entity))}, check_project
+        )
 
     def collection_names(self, entity: str, project: str) -> list[str]:
         self.check_online("a list of artifacts")
@@ -399,7 +397,7 @@ class CometStore(ArtifactServer):
         return sorted(found, key=lambda run: (run.created_at, run.id))
 
     def save_run(self, run: Run) -> None:
-        """Begin the run's experiment, if it is not there. Its configuration, and what it used, are not the server's to be told so."""
+        """Begin the run's experiment, if it is not there. Its configuration is not kept."""
         self.check_online("a run")
         if saving.is_key(run.id):
             self.client.begin(run.id, run.entity, run.project)
