@@ -232,10 +232,9 @@ class CometServer:
         if artifact is None:
             artifact = Artifact(str(uuid.uuid4()), workspace, project, name, told["artifactType"])
             self.artifacts[workspace, name] = artifact
-        numbers = [_order(version.version) for version in artifact.versions]
         wanted = told.get("version")
         if wanted is None:
-            wanted = f"{max(numbers)[0] + 1}.0.0" if numbers else "1.0.0"
+            wanted = _following([version.version for version in artifact.versions])
         elif any(version.version == wanted for version in artifact.versions):
             raise RefusedError(400, VERSION_EXISTS, f"version {wanted} of {name} exists")
         previous = artifact.versions[-1].version if artifact.versions else None
@@ -283,8 +282,14 @@ class CometServer:
         raise RefusedError(400, NOT_FOUND, "no such artifact")
 
 
-def _order(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.split(r"[-+]", version)[0].split("."))
+def _following(versions: list[str]) -> str:
+    """The major version after all of ``versions``; the release of a major version of which there are only candidates."""
+    found = []
+    for version in versions:
+        release, _, rest = version.partition("-")
+        major, minor, patch = release.partition("+")[0].split(".")
+        found.append(int(major) if rest and (minor, patch) == ("0", "0") else int(major) + 1)
+    return f"{max(found, default=1)}.0.0"
 
 
 class _Server(ThreadingHTTPServer):

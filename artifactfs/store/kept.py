@@ -46,8 +46,7 @@ _LEAST = (
 log = logging.getLogger(__name__)
 
 Listed = Iterable[tuple[str, Entry]]
-"""Paths as the server gives them, in any order, each with its entry, whose own name is ignored. A directory is one that has nothing
-in it."""
+"""Paths as the server gives them, in any order, each with its entry, whose own name is ignored. A directory has nothing in it."""
 
 
 class _Listed(msgspec.Struct, frozen=True, array_like=True, gc=False):

@@ -414,11 +414,11 @@ class CometClient:
             except http.RedirectedError as error:
                 raise NetworkError(f"{attempts.where}: {error}; name the server itself in the store's URL") from None
         if answer.status != 200:
-            raise self._error(answer, attempts.where)
+            raise self._error(answer, attempts.where, method == "GET")
         return answer.body
 
-    def _error(self, answer: http.Answer, where: str) -> ArtifactFSError:
-        """What an answer that is no success means."""
+    def _error(self, answer: http.Answer, where: str, asked: bool) -> ArtifactFSError:
+        """What an answer that is no success means; ``asked``: nothing was to be changed."""
         try:
             refusal = msgspec.json.decode(answer.body, type=_Refusal)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
@@ -436,13 +436,14 @@ class CometClient:
         if code in _NOT_FOUND or answer.status in (404, 410):
             return NotFoundError(text)
         if code in _EXISTS:
-            return ConflictError(f"{text}; give another version, or none")
+            return ConflictError(f"{text}: it exists already; give another version, or none")
         if code in _IMMUTABLE:
             return ImmutableError(text)
         if answer.status == 413:
             return UsageError(f"{text}: it is larger than the server takes")
         if answer.status in (400, 422):
-            return NotFoundError(text) if "/experiment/metadata" in where else UsageError(text)
+            # What is asked for and refused so is a workspace or an experiment that is not there: the numbers for that are many.
+            return NotFoundError(text) if asked else UsageError(text)
         return NetworkError(f"{text}; check that {self.url} is a Comet server")
 
     def _decoded(self, data: bytes, kind: type[_T], place: str) -> _T:

@@ -1,8 +1,8 @@
 """The bytes of a stored asset, in ranges.
 
 A Comet server either redirects to its object store, with a signed URL that is worth something for a while, or sends the bytes
-itself, in ranges or only whole. A link that is refused is asked for anew, in the middle of a read as well. No API key goes to where a
-link leads. Every answer is compared with the size and with what the server said of the bytes when they were pinned.
+itself, in ranges or only whole. A link that is refused is asked for anew, in the middle of a read as well. No API key goes to
+where a link leads. Every answer is compared with the size and with what the server said of the bytes when they were pinned.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """How a version comes into being on a Comet server, for ``publish`` alone.
 
 In this order: the experiment that logs it; the version, not closed, without aliases and with the id of the commit in its
-metadata; its assets; ``CLOSED``, which is the commit; its aliases. Nobody takes a version that is not closed for one. Whoever dies
-in between leaves at most such a one. The retry finds it by the id, and if all that it has is wanted, sends what is missing: an
+metadata; its assets; ``CLOSED``, which is the commit; its aliases. Nobody takes a version that is not closed for one. Whoever
+dies in between leaves at most such a one. The retry finds it by the id, and if all that it has is wanted, sends what is missing: an
 asset's id follows from the commit, its path and its content, and the server takes each once. Else, and after an error that no
 retry mends, it is marked as ``ERROR``, and another one is begun.
 
@@ -39,7 +39,6 @@ from artifactfs.errors import (
 )
 from artifactfs.model import BLAKE3, BLOCK, Dir, Entry, File, Ref, Remote, Symlink, Version
 from artifactfs.references import Source, WholeOnly
-from artifactfs.semver import is_semver
 from artifactfs.store.comet import assets
 from artifactfs.store.comet.assets import OURS, PLACEHOLDER
 from artifactfs.store.comet.client import CometClient, Handshake, UnknownOutcomeError, VersionRow
@@ -427,9 +426,6 @@ def check_draft(draft: Draft, newest: Version | None, url: str) -> None:
             f"{draft.name.path} is at {f'v{found}' if newest else 'no version'}, not at {expected} as expected: "
             "somebody else committed; stage the newest version again, or commit over it: commit --resume --no-expect-base"
         )
-    for alias in draft.aliases:
-        if is_semver(alias):
-            raise ConflictError(f"{draft.name.path}:{alias} cannot be an alias: it is what a version is called; choose another")
     if draft.ttl is not None:
         raise UsageError(f"{url} keeps versions for ever: Comet has no time to live; leave it out")
     if draft.algorithm != BLAKE3:

@@ -15,8 +15,8 @@ experiment                      run
 Only closed versions count. The files of one never change, so the list of them is fetched once and kept as a tree; the rest is
 asked for each time. What was last told of an artifact is kept for ``--offline``.
 
-The number of a version is for this process fixed once it was given: a version that somebody deletes on the server does not move the
-others under the feet of who has a name of them.
+The number of a version is for this process fixed once it was given: a version that somebody deletes on the server does not move
+the others under the feet of who has a name of them.
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ from artifactfs.store.comet.client import (
 )
 from artifactfs.store.comet.words import SIDECAR, encode_sidecar
 from artifactfs.store.drafts import Draft, Published
+from artifactfs.store.semvers import NEXT, Semvers
 from artifactfs.store.server import ArtifactServer
 from artifactfs.store.upload import Report
 from artifactfs.tree import EMPTY
@@ -329,6 +330,8 @@ class CometStore(ArtifactServer):
         before = self._collection(name, details)
         after = change(before)
         _refuse_changes(before, after, {"aliases", "tags", "type", "updated_at"}, f"{self.url} cannot change of an artifact")
+        for alias in after.aliases.keys() - before.aliases.keys():
+            Semvers(before.semver, ()).check_alias(alias, name)
         self._move_aliases(name, self._numbered(name, details), before.aliases, after.aliases)
         if after.tags != before.tags or after.type != before.type:
             kind = after.type if after.type != before.type else None
@@ -342,9 +345,6 @@ class CometStore(ArtifactServer):
         """Let versions have the aliases of ``after``: first take them, then give them. UsageError for ``latest``."""
         if before.get(LATEST) != after.get(LATEST):
             raise UsageError(f"{name.path}:latest cannot be moved on {self.url}: it is the newest version")
-        for alias in after.keys() - before.keys():
-            if is_semver(alias) or alias.lower() == LATEST:
-                raise ConflictError(f"{name.path}:{alias} cannot be an alias: it is what a version is called; choose another")
         moved = {alias for alias in {*before, *after} - {LATEST} if before.get(alias) != after.get(alias)}
         for wanted, gives in ((before, False), (after, True)):
             for number in sorted({wanted[alias] for alias in moved if alias in wanted}):
@@ -412,7 +412,7 @@ class CometStore(ArtifactServer):
         self.check_online("a commit")
         name = draft.name
         newest = self.newest(name)
-        self._check_type(draft, newest)
+        self._check_fits(draft, newest)
         own = self._begun(draft) if draft.retry else None
         if own is not None and own.state == _CLOSED:
             return self._published(draft, own.version, True)
@@ -433,6 +433,7 @@ class CometStore(ArtifactServer):
             if own is not None:
                 id, semver = own.artifact_version_id, own.version
             else:
+                self._check_semver(draft)
                 id, semver = made.create(kind, lambda: self._begun(draft))
             try:
                 made.fill(id, listing, there)
@@ -445,11 +446,26 @@ class CometStore(ArtifactServer):
             made.end()
         return self._published(draft, semver, True)
 
-    def _check_type(self, draft: Draft, newest: Version | None) -> None:
-        if newest is not None and draft.type and draft.type != newest.type:
+    def _check_fits(self, draft: Draft, newest: Version | None) -> None:
+        """UsageError for another type than the artifact has; ConflictError for an alias that is what a version is called."""
+        if newest is None:
+            return
+        if draft.type and draft.type != newest.type:
             raise UsageError(
                 f"{draft.name.path} already exists with type {newest.type!r}, not {draft.type!r}; use that type or another name"
             )
+        known = self.collection(draft.name)
+        for alias in draft.aliases:
+            Semvers(known.semver, ()).check_alias(alias, draft.name)
+
+    def _check_semver(self, draft: Draft) -> None:
+        """ConflictError for a version that there is, closed or not. The server has the last word."""
+        if draft.semver in ("", NEXT):
+            return
+        with contextlib.suppress(NotFoundError):
+            rows = self._details(draft.name).versions or ()
+            if any(draft.semver in (row.version, *(row.alias or ())) for row in rows):
+                raise ConflictError(f"{draft.name.path}:{draft.semver} exists already; give another version, or none")
 
     def _begun(self, draft: Draft) -> VersionRow | None:
         """The version that an earlier attempt at this commit began, unless that was given up."""
