@@ -749,6 +749,10 @@ def test_command_line(store: str, afs: Program) -> None:
     [row] = afs("diff", "acme/vision/bikes:1.2.0", "acme/vision/bikes:2.0.0", "--json").document
     assert row["path"] == "a.txt"
     assert json.loads(afs("log", "acme/vision/bikes", "got/a.txt", "--json").out)["semver"] == "3.0.0"
+    if store.startswith("comet:"):
+        assert "its own pages can" in afs("delete", "acme/vision/bikes:1.2.0", code=2).err
+        assert "artifact server" in afs("fsck", code=2).err
+        return
     afs("delete", "acme/vision/bikes:1.2.0")
     assert "was deleted" in afs("info", "acme/vision/bikes:1.2.0", code=3).err
     assert afs("fsck").code == 0

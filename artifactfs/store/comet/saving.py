@@ -2,8 +2,8 @@
 
 In this order: the experiment that logs it; the version, not closed, without aliases and with the id of the commit in its
 metadata; its assets; ``CLOSED``, which is the commit; its aliases. Nobody takes a version that is not closed for one. Whoever
-dies in between leaves at most such a one. The retry finds it by the id, and if all that it has is wanted, sends what is missing: an
-asset's id follows from the commit, its path and its content, and the server takes each once. Else, and after an error that no
+dies in between leaves at most such a one. The retry finds it by the id, and if all that it has is wanted, sends what is missing:
+an asset's id follows from the commit, its path and its content, and the server takes each once. Else, and after an error that no
 retry mends, it is marked as ``ERROR``, and another one is begun.
 
 Comet has no means to let a version have an asset of another one, so what a version keeps is fetched, compared with what is known

@@ -103,14 +103,17 @@ class CometStore(ArtifactServer):
 
     def projects(self, entity: str) -> list[str]:
         self.check_online("a list of projects")
-        return _valid(
-            {*self.client.projects(entity), *(row.project or "" for row in self.client.artifacts(entity))}, check_project
-        )
+        with contextlib.suppress(NotFoundError):
+            named = [row.project or "" for row in self.client.artifacts(entity)]
+            return _valid([*self.client.projects(entity), *named], check_project)
+        return []
 
     def collection_names(self, entity: str, project: str) -> list[str]:
         self.check_online("a list of artifacts")
-        rows = self.client.artifacts(entity)
-        return _valid((row.name or row.artifact_name for row in rows if row.project in (None, "", project)), check_collection)
+        with contextlib.suppress(NotFoundError):
+            rows = [row for row in self.client.artifacts(entity) if row.project in (None, "", project)]
+            return _valid((row.name or row.artifact_name for row in rows), check_collection)
+        return []
 
     def collections(self, entity: str, project: str) -> list[Collection]:
         def described(collection: str) -> Collection | None:

@@ -1,8 +1,8 @@
 """How Comet says things of assets, and where a version keeps what users say of them.
 
 Metadata of assets is in a file of the version, ``.comet/assets.json``: ``{"version": 1, "assets": {"<logical path>": {…}}}``,
-only for assets that have any. In stores of our own it is stored as such, so it is versioned, copied, checked and collected like all
-else, and a mount shows it; in a store on a Comet server it is made of the assets' own metadata and taken apart into them.
+only for assets that have any. In stores of our own it is stored as such, so it is versioned, copied, checked and collected like
+all else, and a mount shows it; in a store on a Comet server it is made of the assets' own metadata and taken apart into them.
 
 What was found out about a synced object is in its reference (ETag, version id, size); :func:`remote_metadata` tells it in
 Comet's words.
