@@ -131,6 +131,8 @@ class CometServer:
         self.contents = "ranges"
         """How a content is sent: ``ranges`` (by the server, in ranges), ``whole`` (by the server, only whole), ``links`` (by
         an object store behind it, to which it redirects who allows that, and which sends ranges)."""
+        self.states = True
+        """Whether it tells the states of versions where it lists them."""
         self.link_life = 3600.0
         self.links_revoked = 0
         self.artifacts: dict[tuple[str, str], Artifact] = {}
@@ -517,7 +519,7 @@ class _Handler(BaseHTTPRequestHandler):
                     "metadata": version.metadata,
                     "createdFrom": None,
                     "sizeInBytes": version.size,
-                    "state": version.state,
+                    "state": version.state if self.server.owner.states else None,
                     "added": version.added,
                     "alias": version.aliases,
                     "tags": version.tags,
