@@ -267,6 +267,8 @@ class CometServer:
             version = self.find_version(wanted["versionId"])
             artifact = next(found for found in self.artifacts.values() if found.id == version.artifact)
             return artifact, version
+        if "workspace" not in wanted and wanted.get("experimentKey") in self.experiments:
+            wanted["workspace"] = self.experiments[wanted["experimentKey"]].workspace
         artifact = self.artifact_of(wanted)
         given = wanted.get("version") or wanted.get("alias") or wanted.get("versionOrAlias") or "Latest"
         for version in artifact.versions:
@@ -345,7 +347,11 @@ class _Handler(BaseHTTPRequestHandler):
         owner, faults = self.server.owner, self.server.owner.faults
         parts = urlsplit(self.path)
         params = dict(parse_qsl(parts.query, keep_blank_values=True))
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        size = int(self.headers.get("Content-Length") or 0)
+        body = self.rfile.read(size)
+        if len(body) != size:  # who sent it gave up
+            self.close_connection = True
+            return
         with owner.lock:
             owner.seen.append((method, parts.path, params))
         if faults.latency and faults.only in parts.path:
@@ -700,9 +706,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
             self._cut()
             return
-        self.wfile.write(part)
         with owner.lock:
             owner.sent += len(part)
+        self.wfile.write(part)
 
     def _send(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)

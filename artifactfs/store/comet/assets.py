@@ -57,6 +57,7 @@ def found(rows: Iterable[FileRow], url: str, version: str) -> Iterator[Found]:
         except InvalidNameError as error:
             raise IntegrityError(f"{url}: asset {row.asset_id[:64]} cannot be in a directory: {error}") from None
         told = _decoded(row.metadata, shown)
+        marked = told is not None and OURS in told
         ours = told.pop(OURS, None) if told is not None else None
         ours = ours if isinstance(ours, dict) else {}
         if ours.get("directory") is True and path.rpartition("/")[2] == PLACEHOLDER and not row.file_size:
@@ -69,7 +70,7 @@ def found(rows: Iterable[FileRow], url: str, version: str) -> Iterator[Found]:
         elif isinstance(ours.get("symlink"), str) and 0 < len(ours["symlink"].encode()) <= _MAX_TARGET:
             yield Found(path, Symlink(name, ours["symlink"]), told or None)
         else:
-            yield Found(path, _stored(name, row, url, version, ours), told or None if ours else told)
+            yield Found(path, _stored(name, row, url, version, ours), told or None if marked else told)
 
 
 def describe(content_id: bytes, executable: bool, metadata: Mapping[str, Any] | None) -> str:

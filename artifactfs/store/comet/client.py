@@ -29,7 +29,6 @@ from artifactfs.errors import ArtifactFSError, ConflictError, NetworkError, NotF
 from artifactfs.store.comet.account import api_key, store_url
 
 _PATIENCE = 600.0  # seconds for the answer to an upload: the server stores it elsewhere before it answers
-_PIECE = 1 << 20
 _BATCH = 1000  # remote assets a request
 _LIB = "3.58.8"  # the client whose requests these are; the server is told so
 
@@ -479,7 +478,7 @@ class _Form:
         self._parts = _joined(own + head, content, size, tail)
         self._attempts = attempts
         self._sent = sent
-        self._buffer = b""
+        self._buffer = memoryview(b"")
 
     def __len__(self) -> int:
         return self._size
@@ -487,10 +486,10 @@ class _Form:
     def read(self, size: int = -1, /) -> bytes:
         """At most ``size`` bytes more; some, unless it is the end."""
         if not self._buffer:
-            self._buffer = next(self._parts, b"")
-        limit = len(self._buffer) if size < 0 else min(size, _PIECE)
-        data, self._buffer = self._buffer[:limit], self._buffer[limit:]
-        self._attempts.arrived(len(data), len(data))
+            self._buffer = memoryview(next(self._parts, b""))
+        limit = len(self._buffer) if size < 0 else size
+        data, self._buffer = bytes(self._buffer[:limit]), self._buffer[limit:]
+        self._attempts.arrived(len(data), 0)  # it goes on; but a refusal at its end is one more, however long it took
         if self._sent is not None and data:
             self._sent(len(data))
         return data
