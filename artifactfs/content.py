@@ -114,9 +114,10 @@ class EntryChecksum:
                 del self._buffer[:BLOCK]
 
     def finish(self) -> str:
-        """The checksum, base64. Nothing can be taken after it."""
+        """The checksum, base64. May be asked again; nothing can be taken after it."""
         if self._buffer:
             self._hasher.block(bytes(self._buffer))
+            self._buffer.clear()
         return self._checksum.finish() or self._hasher.finish().digest
 
 
