@@ -23,10 +23,11 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from email.utils import parsedate_to_datetime
 from http.cookiejar import DefaultCookiePolicy
+from typing import IO
 from urllib.parse import urlsplit, urlunsplit
 
 import requests
@@ -63,6 +64,9 @@ class Pin:
     size: int = -1
 
 
+_NO_HEADERS: Mapping[str, str] = {}
+
+
 class NoRangesError(ArtifactFSError):
     """The server sends only whole contents. ``stream`` is the answer already under way: the content from its first byte."""
 
@@ -83,7 +87,7 @@ def shown(url: str) -> str:
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, query, ""))
 
 
-def probe(url: str, deadline: float = DEADLINE) -> Pin:
+def probe(url: str, deadline: float = DEADLINE, headers: Mapping[str, str] = _NO_HEADERS) -> Pin:
     """What the server says of the content, from the head of its answer to a GET; the body is left unread.
 
     A GET and not a HEAD: signed URLs allow one method only, and some servers answer HEAD differently.
@@ -91,7 +95,7 @@ def probe(url: str, deadline: float = DEADLINE) -> Pin:
     attempts = Attempts(shown(url), deadline)
     while True:
         try:
-            with closing(_send(url, {}, attempts)) as response:
+            with closing(_send(url, headers, attempts)) as response:
                 _check_status(response, url)
                 pin = _pin_of(response)
                 if 0 <= pin.size <= _DRAIN:
@@ -101,7 +105,9 @@ def probe(url: str, deadline: float = DEADLINE) -> Pin:
             attempts.failed(error)
 
 
-def get_range(url: str, offset: int, size: int, pin: Pin, deadline: float = DEADLINE) -> Iterator[bytes]:
+def get_range(
+    url: str, offset: int, size: int, pin: Pin, deadline: float = DEADLINE, headers: Mapping[str, str] = _NO_HEADERS
+) -> Iterator[bytes]:
     """Stream exactly ``size`` bytes from ``offset``, in pieces as they arrive; ``pin.size`` must be known.
 
     A connection that breaks is resumed where it broke, with the same pin. :class:`NoRangesError` if the server answers
@@ -111,9 +117,9 @@ def get_range(url: str, offset: int, size: int, pin: Pin, deadline: float = DEAD
     position, end = offset, offset + size
     while position < end:
         try:
-            response = _ask(url, position, end, pin, attempts)
+            response = _ask(url, position, end, pin, attempts, headers)
             if response.status_code == 200 and (offset, size) != (0, pin.size):
-                raise NoRangesError(url, _whole(url, pin, attempts, response))
+                raise NoRangesError(url, _whole(url, pin, attempts, response, headers))
             with closing(response):
                 skip = position if response.status_code == 200 else 0
                 for piece in _pieces(response, skip, end - position, attempts):
@@ -123,18 +129,65 @@ def get_range(url: str, offset: int, size: int, pin: Pin, deadline: float = DEAD
             attempts.failed(error)
 
 
-def get_whole(url: str, deadline: float = DEADLINE) -> Iterator[bytes]:
+@dataclasses.dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer to :func:`exchange`, whatever its status. ``headers`` have lower-case names."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+def exchange(
+    method: str,
+    url: str,
+    headers: Mapping[str, str],
+    body: Callable[[], bytes | IO[bytes]],
+    deadline: float = DEADLINE,
+    most: int = 64 << 20,
+) -> Answer:
+    """Send a request, and take its whole answer, of at most ``most`` bytes. ``body`` is called for each attempt.
+
+    Repeated when the connection breaks, the answer is cut or the server asks for it (429, 5xx), within the deadline: the request
+    must be one that may come twice. No credentials are sent but those in ``headers``; redirects are followed, and take
+    ``Authorization`` to no other host.
+    """
+    attempts = Attempts(shown(url), deadline)
+    while True:
+        try:
+            with closing(_send(url, headers, attempts, method, body())) as response:
+                if response.status_code in TRANSIENT:
+                    reason = f"the server answers {response.status_code} {_phrase(response)}".rstrip()
+                    raise TransientError(reason, _retry_after(response))
+                found = {name.lower(): value for name, value in response.headers.items()}
+                return Answer(response.status_code, found, _taken(response, url, attempts, most))
+        except TransientError as error:
+            attempts.failed(error)
+
+
+def _taken(response: requests.Response, url: str, attempts: Attempts, most: int) -> bytes:
+    pieces: list[bytes] = []
+    have = 0
+    for piece in _pieces(response, 0, _content_length(response), attempts):
+        have += len(piece)
+        if have > most:
+            raise NetworkError(f"{shown(url)} answers with over {most} bytes; refused")
+        pieces.append(piece)
+    return b"".join(pieces)
+
+
+def get_whole(url: str, deadline: float = DEADLINE, headers: Mapping[str, str] = _NO_HEADERS) -> Iterator[bytes]:
     """Stream a content of unknown size to its end. A connection that breaks is an error: nothing pins a second answer."""
     attempts = Attempts(shown(url), deadline)
     try:
-        with closing(_send(url, {}, attempts)) as response:
+        with closing(_send(url, headers, attempts)) as response:
             _check_status(response, url)
-            yield from _pieces(response, 0, -1, attempts)
+            yield from _pieces(response, 0, _content_length(response), attempts)
     except TransientError as error:
         raise NetworkError(f"{shown(url)}: {error}; try again") from None
 
 
-def _whole(url: str, pin: Pin, attempts: Attempts, response: requests.Response) -> Iterator[bytes]:
+def _whole(url: str, pin: Pin, attempts: Attempts, response: requests.Response, headers: Mapping[str, str]) -> Iterator[bytes]:
     """The whole content, beginning with an answer that is already there; after a break, read again up to where it broke."""
     position = 0
     while True:
@@ -146,14 +199,16 @@ def _whole(url: str, pin: Pin, attempts: Attempts, response: requests.Response) 
                     yield piece
             return
         except TransientError as error:
-            response = _reopen(url, position, pin, attempts, error)
+            response = _reopen(url, position, pin, attempts, error, headers)
 
 
-def _reopen(url: str, position: int, pin: Pin, attempts: Attempts, error: TransientError) -> requests.Response:
+def _reopen(
+    url: str, position: int, pin: Pin, attempts: Attempts, error: TransientError, headers: Mapping[str, str]
+) -> requests.Response:
     while True:
         attempts.failed(error)
         try:
-            return _ask(url, position, pin.size, pin, attempts)
+            return _ask(url, position, pin.size, pin, attempts, headers)
         except TransientError as again:
             error = again
 
@@ -168,21 +223,37 @@ class _Session(requests.Session):
         return target
 
 
+class _OwnSession(_Session):
+    """Sends what credentials it is given, to the host that they are for, and takes none from ``~/.netrc``."""
+
+    def rebuild_auth(self, prepared_request: requests.PreparedRequest, response: requests.Response) -> None:
+        if "Authorization" in prepared_request.headers and self.should_strip_auth(  # type: ignore[no-untyped-call]
+            str(response.request.url), str(prepared_request.url)
+        ):
+            del prepared_request.headers["Authorization"]
+
+
+def _nothing_more(request: requests.PreparedRequest) -> requests.PreparedRequest:
+    return request
+
+
+_OWN = "artifactfs-own-credentials"
+OWN_CREDENTIALS: Mapping[str, str] = {_OWN: ""}
+"""To be among the ``headers`` of a request that has its credentials in them or in its URL. Never sent."""
+
 _lock = threading.Lock()
-_shared: _Session | None = None
+_shared: dict[bool, _Session] = {}
 
 
-def _session() -> _Session:
-    """The process's session, made at first use."""
-    global _shared
+def _session(own: bool = False) -> _Session:
+    """The process's session, made at first use. ``own``: it takes no credentials from ``~/.netrc``."""
     with _lock:
-        if _shared is None:
-            _shared = _new_session()
-        return _shared
+        if own not in _shared:
+            _shared[own] = _new_session(_OwnSession() if own else _Session())
+        return _shared[own]
 
 
-def _new_session() -> _Session:
-    session = _Session()
+def _new_session(session: _Session) -> _Session:
     # max_retries=0: only the loops of this module retry, because only they know the deadline and can resume in a body.
     adapter = requests.adapters.HTTPAdapter(pool_connections=_POOL, pool_maxsize=_POOL, max_retries=0)
     session.mount("http://", adapter)
@@ -195,17 +266,17 @@ def _new_session() -> _Session:
 def _forget_session() -> None:
     """In a forked child: the parent's connections are the parent's, and its lock may have been held."""
     global _shared, _lock
-    _shared = None
+    _shared = {}
     _lock = threading.Lock()
 
 
 os.register_at_fork(after_in_child=_forget_session)
 
 
-def _ask(url: str, start: int, end: int, pin: Pin, attempts: Attempts) -> requests.Response:
+def _ask(url: str, start: int, end: int, pin: Pin, attempts: Attempts, given: Mapping[str, str]) -> requests.Response:
     """The answer to a request for bytes ``start`` to ``end`` (exclusive), checked to be of that range and of what is pinned:
     a 206, or a 200 with the whole content."""
-    headers = {"Range": f"bytes={start}-{end - 1}"}
+    headers = {**given, "Range": f"bytes={start}-{end - 1}"}
     if pin.etag and not pin.etag.startswith("W/"):
         headers["If-Match"] = pin.etag
     response = _send(url, headers, attempts)
@@ -219,10 +290,15 @@ def _ask(url: str, start: int, end: int, pin: Pin, attempts: Attempts) -> reques
     return response
 
 
-def _send(url: str, headers: dict[str, str], attempts: Attempts) -> requests.Response:
+def _send(
+    url: str, headers: Mapping[str, str], attempts: Attempts, method: str = "GET", body: bytes | IO[bytes] | None = None
+) -> requests.Response:
     """The head of an answer, its body unread. Foreign exceptions become this module's here."""
+    own = _OWN in headers or method != "GET"
+    sent = {name: value for name, value in headers.items() if name != _OWN}
+    auth = _nothing_more if own else None
     try:
-        return _session().get(url, headers=headers, stream=True, timeout=attempts.timeouts())
+        return _session(own).request(method, url, headers=sent, data=body, stream=True, timeout=attempts.timeouts(), auth=auth)
     except (requests.exceptions.ConnectionError, requests.exceptions.Timeout) as error:
         if _is_untrusted(error):
             text = f"{shown(url)}: the server's TLS certificate is not trusted; set REQUESTS_CA_BUNDLE if it is your own"
