@@ -176,15 +176,31 @@ def _taken(response: requests.Response, url: str, attempts: Attempts, most: int)
     return b"".join(pieces)
 
 
-def get_whole(url: str, deadline: float = DEADLINE, headers: Mapping[str, str] = _NO_HEADERS) -> Iterator[bytes]:
+def get_whole(url: str, deadline: float = DEADLINE) -> Iterator[bytes]:
     """Stream a content of unknown size to its end. A connection that breaks is an error: nothing pins a second answer."""
     attempts = Attempts(shown(url), deadline)
     try:
-        with closing(_send(url, headers, attempts)) as response:
+        with closing(_send(url, {}, attempts)) as response:
             _check_status(response, url)
             yield from _pieces(response, 0, _content_length(response), attempts)
     except TransientError as error:
         raise NetworkError(f"{shown(url)}: {error}; try again") from None
+
+
+def fetch_into(file: IO[bytes], url: str, deadline: float = DEADLINE, headers: Mapping[str, str] = _NO_HEADERS) -> None:
+    """Write a content of unknown size to ``file``, which is empty. After a break it begins anew."""
+    attempts = Attempts(shown(url), deadline)
+    while True:
+        try:
+            file.seek(0)
+            file.truncate()
+            with closing(_send(url, headers, attempts)) as response:
+                _check_status(response, url)
+                for piece in _pieces(response, 0, _content_length(response), attempts):
+                    file.write(piece)
+            return
+        except TransientError as error:
+            attempts.failed(error)
 
 
 def _whole(url: str, pin: Pin, attempts: Attempts, response: requests.Response, headers: Mapping[str, str]) -> Iterator[bytes]:

@@ -1,8 +1,8 @@
 """Stored files of a W&B server: their URLs, signed for a while, and their bytes.
 
 A signed URL is asked for one file at a time, until several of a version are wanted; then for pages of its files. It is
-renewed before it expires, and when the server behind it refuses it. Where signed URLs do not help, the file is asked of the server itself,
-with the caller's key, under the URL that follows from the manifest.
+renewed before it expires, and when the server behind it refuses it. Where signed URLs do not help, the file is asked of the
+server itself, with the caller's key, under the URL that follows from the manifest.
 """
 
 from __future__ import annotations

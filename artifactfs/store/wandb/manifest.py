@@ -1,7 +1,7 @@
 """Manifests: a version's list of files, read as a stream, in bounded memory whatever its length.
 
-A manifest is another's word: every path is checked where the tree is built (``store.kept``), everything else here. ``local_path``,
-which names a file of the machine that logged the version, is never looked at.
+A manifest is another's word: every path is checked where the tree is built (``store.kept``), everything else here.
+``local_path``, which names a file of the machine that logged the version, is never looked at.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import IO, Any, NamedTuple
 from urllib.parse import quote
 
@@ -47,17 +47,14 @@ def locator_of(entry: Remote) -> Locator:
     return Locator(artifact, birth or artifact, path, layout, region)
 
 
-def spooled(pieces: Iterable[bytes]) -> IO[bytes]:
-    """A manifest on disk (or, of a few megabytes, in memory), as it is read more than once."""
-    file = tempfile.SpooledTemporaryFile(_SPOOL)  # noqa: SIM115 - the caller closes it
-    for piece in pieces:
-        file.write(piece)
-    return file
+def new_file() -> IO[bytes]:
+    """Where a manifest goes as it arrives: to disk (or, of a few megabytes, into memory), as it is read more than once."""
+    return tempfile.SpooledTemporaryFile(_SPOOL)
 
 
 def read(file: IO[bytes], url: str, artifact: str, where: str) -> Iterator[tuple[str, Entry]]:
-    """The entries of a manifest, as the store at ``url`` keeps them. IntegrityError for what is no manifest, and for an entry that
-    cannot be right; ``where`` names the version."""
+    """The entries of a manifest, as the store at ``url`` keeps them. IntegrityError for what is no manifest, and for an entry
+    that cannot be right; ``where`` names the version."""
     try:
         version = _first(file, "version")
         if version != 1:

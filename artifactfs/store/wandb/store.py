@@ -13,15 +13,25 @@ import datetime
 import json
 import logging
 import threading
+import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import IO, Any
 
 import msgspec
 from cachetools import LRUCache, TTLCache
 
 from artifactfs import http
 from artifactfs.cache import BlockCache
-from artifactfs.errors import ArtifactFSError, CommError, ConflictError, IntegrityError, NotFoundError, OfflineError, UsageError
+from artifactfs.errors import (
+    ArtifactFSError,
+    CommError,
+    ConflictError,
+    IntegrityError,
+    NotFoundError,
+    NotPermittedError,
+    OfflineError,
+    UsageError,
+)
 from artifactfs.model import (
     MD5,
     Collection,
@@ -258,14 +268,20 @@ class WandbStore(ArtifactServer):
 
     def list_files(self, identity: str) -> Listed:
         self.check_online(f"the list of files of version {identity}")
+        with manifest.new_file() as file:
+            try:
+                self._fetch_manifest(identity, file)
+            except NotPermittedError:  # the URL may have ended before it was used
+                self._fetch_manifest(identity, file)
+            yield from manifest.read(file, self.url, identity, f"version {identity}")
+
+    def _fetch_manifest(self, identity: str, file: IO[bytes]) -> None:
         data = self._ask(queries.MANIFEST, id=identity)
         url = dig(data, "artifact", "currentManifest", "file", "directUrl")
-        if not isinstance(url, str):
+        if not isinstance(url, str) or not url:
             raise IntegrityError(f"{self.url} has no manifest of version {identity}; is it still being logged?")
-        if url.startswith("/"):
-            url = self.client.base + url
-        with manifest.spooled(http.get_whole(url, self.client.deadline, self.client.headers(url))) as file:
-            yield from manifest.read(file, self.url, identity, f"version {identity}")
+        url = urllib.parse.urljoin(self.client.base + "/", url)
+        http.fetch_into(file, url, self.client.deadline, self.client.headers(url))
 
     def source(self, file: File) -> Source:
         if not isinstance(file, Remote):
@@ -405,9 +421,8 @@ class WandbStore(ArtifactServer):
             return self.unlink(name)
         held = sorted(set(self.aliases_of(name, version)) - {LATEST})
         if held and not delete_aliases:
-            raise ConflictError(
-                f"{version.qualified_name} has the aliases {', '.join(held)}; move them first, or delete them too (--delete-aliases)"
-            )
+            shown = f"{version.qualified_name} has the aliases {', '.join(held)}"
+            raise ConflictError(f"{shown}; move them first, or delete them too (--delete-aliases)")
         self._ask(queries.DELETE, input={"artifactID": version.commit, "deleteAliases": True})
         return msgspec.structs.replace(version, state="DELETED", deleted_at=_time(None))
 
