@@ -139,6 +139,8 @@ class Reader:
         """A handle on the bytes of ``entry``; ``where`` (``entity/project/name:v3/path``) names it in messages. Makes no
         connection. ``beside`` gives the page that the entry is of, whose other contents may then be fetched with it. UsageError
         for a reference that cannot be read."""
+        if isinstance(entry, Ref):
+            entry = self.store.referenced(entry)
         if isinstance(entry, File):
             if isinstance(entry, Remote):
                 _check_empty(entry, where)
@@ -157,10 +159,15 @@ class Reader:
 
     def size(self, ref: Ref) -> int:
         """The size of ``ref`` in bytes. One that was not recorded is asked for once, and remembered."""
-        return ref.size if ref.size >= 0 else self.pinned(ref, ref.uri).size
+        if ref.size >= 0:
+            return ref.size
+        entry = self.store.referenced(ref)
+        return entry.size if entry.size >= 0 else self.pinned(entry, ref.uri).size
 
     def cached_bytes(self, entry: Entry) -> int:
         """How many bytes of ``entry`` can be read without a connection."""
+        if isinstance(entry, Ref):
+            entry = self.store.referenced(entry)
         local = is_local(entry) if isinstance(entry, Ref) else self.store.local_content(entry)
         if local:
             if not isinstance(local, bool):

@@ -43,8 +43,8 @@ class Session:
 
     @property
     def entity(self) -> str:
-        """The entity of names that give none: the setting, else the login name."""
-        return self.settings.entity or login_name()
+        """The entity of names that give none: the setting, else as the store knows its caller, else the login name."""
+        return self.settings.entity or self.store.default_entity() or login_name()
 
     @property
     def project(self) -> str:

@@ -37,18 +37,18 @@ _ENCODE = msgspec.msgpack.Encoder().encode
 _DECODE = msgspec.msgpack.Decoder(_Record).decode
 
 
-class SortedByPath(Generic[_T]):
-    """``records`` by their paths, directories before what sorts after their names; it can be iterated again and again.
+class Sorted(Generic[_T]):
+    """``records`` in the order of a text that ``order`` gives for each; it can be iterated again and again.
 
     All are taken at once. Up to 50,000 are kept in memory; more in an unnamed file in ``folder``, which is made if need be.
-    ``encode`` and ``decode`` give a record's bytes and take them, ``path`` its path. Of one path the first taken comes first.
+    ``encode`` and ``decode`` give a record's bytes and take them. Of equal ones the first taken comes first.
     """
 
     def __init__(
         self,
         records: Iterable[_T],
         folder: str,
-        path: Callable[[_T], str],
+        order: Callable[[_T], str],
         encode: Callable[[_T], bytes],
         decode: Callable[[memoryview], _T],
         run: int = _RUN,
@@ -56,7 +56,7 @@ class SortedByPath(Generic[_T]):
         source = iter(records)
         self._encode = encode
         self._decode = decode
-        self._order = lambda record: tree_order(path(record))
+        self._order = order
         self._file: IO[bytes] | None = None
         self._runs: list[tuple[int, int]] = []
         self._last: list[_T] = []
@@ -108,11 +108,11 @@ class SortedByPath(Generic[_T]):
             held = held[offset:]
 
 
-class SortedEntries(SortedByPath[Expanded]):
-    """References, sorted."""
+class SortedEntries(Sorted[Expanded]):
+    """References by path, directories before what sorts after their names."""
 
     def __init__(self, entries: Iterable[Expanded], folder: str, run: int = _RUN) -> None:
-        super().__init__(entries, folder, lambda entry: entry.path, _encoded, _decoded, run)
+        super().__init__(entries, folder, lambda entry: tree_order(entry.path), _encoded, _decoded, run)
 
 
 def _encoded(entry: Expanded) -> bytes:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
-from artifactfs.model import Collection, EntitySettings, Extent, File, LinkedVersion, Remote, Run, Version
+from artifactfs.model import Collection, EntitySettings, Extent, File, LinkedVersion, Ref, Remote, Run, Version
 from artifactfs.names import ArtifactName
 from artifactfs.references import Source
 from artifactfs.tree import Tree
@@ -35,6 +35,9 @@ class Store(Protocol):
     local: bool
     tree: Tree
     """Looks up, lists, walks and compares the directories of this store's versions."""
+
+    def default_entity(self) -> str:
+        """The entity of names that give none, as the store knows its caller; "" where it does not."""
 
     def entities(self) -> list[str]:
         """The entities that have collections, sorted."""
@@ -85,6 +88,9 @@ class Store(Protocol):
     def pin(self, file: Remote, deadline: float) -> Remote:
         """``file`` with what its server tells of the bytes it has now, to be compared with every later answer; one request. A
         server that tells nothing gives an ETag that begins with ``seen:``, for this process alone."""
+
+    def referenced(self, ref: Ref) -> File | Ref:
+        """The entry of another version of this very store that ``ref`` stands for; ``ref`` itself if it leads elsewhere."""
 
     def block_list(self, file: File) -> bytes:
         """The checked block list of ``file`` (its content id alone for at most one block). IntegrityError."""

@@ -31,13 +31,15 @@ from artifactfs.content import DIGEST_SIZE
 from artifactfs.errors import IntegrityError, InvalidNameError, from_os_error
 from artifactfs.model import Dir, Entry, Extent, Page, Ref, Remote, Symlink, named
 from artifactfs.names import entry_path
-from artifactfs.references.sorting import SortedByPath
-from artifactfs.tree import MAX_ENTRY_WEIGHT, DirBuilder, Tree, weight
-from artifactfs.waiting import Result
+from artifactfs.references.sorting import Sorted, tree_order
+from artifactfs.tree import EMPTY, MAX_ENTRY_WEIGHT, DirBuilder, Tree, weight
+from artifactfs.waiting import Result, about_to_wait
 
 CONTEXT = "artifactfs 2026-11 kept tree v1"
 _OPEN = 64
-_KIND = b"t"  # of the objects that extents of kept pages name: this, and the tree's name
+_KIND = b"t"  # of the objects that extents of kept pages name: this, and what identifies the version
+_LAZY = b"r"  # the same, of the page that stands for the root page of a version that was not listed yet
+_LAZY_CONTEXT = "artifactfs 2026-11 lazy root v1"
 _MAX_DEPTH = 256
 _LEAST = (
     64 << 20
@@ -62,81 +64,83 @@ _decode_root = msgspec.msgpack.Decoder(Dir).decode
 class KeptTrees:
     """The trees of the store at ``url``, in the directory ``root`` (None: in temporary files), of at most ``limit`` bytes."""
 
-    def __init__(self, root: Path | None, url: str, limit: int) -> None:
+    def __init__(self, root: Path | None, url: str, limit: int, entries: Callable[[str], Listed]) -> None:
+        """``entries`` lists the version that an identity names for ever; it is called when the version's tree is not kept, or not
+        any more. IntegrityError, when a directory is read, for entries that no directory can hold."""
         self.tree = Tree(self._load)
+        self._entries = entries
         self._folder = root / "trees" if root is not None else None
         self._url = url
         self._limit = max(limit, _LEAST)
         self._lock = threading.Lock()
-        self._open: LRUCache[bytes, _Kept] = LRUCache(_OPEN)
-        self._own: dict[bytes, _Kept] = {}  # in temporary files: nobody could open them again
-        self._makers: dict[bytes, Callable[[], Listed]] = {}
-        self._making: dict[bytes, Result[_Kept]] = {}
+        self._open: LRUCache[str, _Kept] = LRUCache(_OPEN)
+        self._own: dict[str, _Kept] = {}  # in temporary files: nobody could open them again
+        self._making: dict[str, Result[_Kept]] = {}
 
-    def root(self, identity: str, entries: Callable[[], Listed]) -> Dir:
-        """The root directory of the version that ``identity`` names for ever. ``entries`` lists it, if it is not kept here; it
-        may be called again later, should the file be removed. IntegrityError for entries that no directory can hold."""
-        name = self._name(identity)
-        with self._lock:
-            self._makers[name] = entries
-        return self._find(name, identity).root
+    def lazy(self, identity: str, size: int, files: int) -> Dir:
+        """The root directory of a version of ``files`` files of ``size`` bytes in all. What is in it is asked for when it is
+        first read; until then its page stands for that."""
+        if not files:
+            return EMPTY
+        id = blake3(f"{self._url}\0{identity}".encode(), derive_key_context=_LAZY_CONTEXT).digest()
+        return Dir("", id, Page(id, Extent(_LAZY + identity.encode(), 0, 1)), 1, size, files, 0)
 
-    def known(self, identity: str) -> Dir | None:
-        """The root directory, if it is kept here."""
-        kept = self._kept(self._name(identity))
-        return kept.root if kept is not None else None
+    def root(self, identity: str) -> Dir:
+        """The root directory, as it is kept."""
+        return self._find(identity).root
 
-    def _find(self, name: bytes, what: str) -> _Kept:
-        kept = self._kept(name)
+    def _find(self, identity: str) -> _Kept:
+        kept = self._kept(identity)
         if kept is not None:
             return kept
         with self._lock:
-            maker = self._makers.get(name)
-            result = self._making.get(name)
+            result = self._making.get(identity)
             first = result is None
             if result is None:
-                result = self._making[name] = Result()
+                result = self._making[identity] = Result()
         if first:
             try:
-                if maker is None:
-                    raise IntegrityError(f"a directory page of {self._url} is not in the cache any more; open the version again")
-                result.set(self._make(name, maker(), what))
+                result.set(self._make(identity))
             except BaseException as error:
                 result.fail(error)
             with self._lock:
-                del self._making[name]
+                del self._making[identity]
         else:
             while not result.wait(60.0):  # whoever makes it has deadlines of its own
                 pass
         return result.get()
 
-    def _kept(self, name: bytes) -> _Kept | None:
+    def _kept(self, identity: str) -> _Kept | None:
         with self._lock:
-            kept = self._own.get(name) or self._open.get(name)
+            kept = self._own.get(identity) or self._open.get(identity)
         if kept is not None or self._folder is None:
             return kept
         try:
-            file = open(self._folder / name.hex(), "rb", opener=_own_file)  # noqa: SIM115 - it stays open
+            file = open(self._folder / self._name(identity).hex(), "rb", opener=_own_file)  # noqa: SIM115 - it stays open
         except OSError:
             return None
-        kept = _opened(file, name)
+        kept = _opened(file, self._name(identity))
         if kept is None:
             file.close()
             return None
         with contextlib.suppress(OSError):
             os.utime(file.fileno())
         with self._lock:
-            self._open[name] = kept
+            self._open[identity] = kept
         return kept
 
-    def _make(self, name: bytes, entries: Listed, what: str) -> _Kept:
+    def _make(self, identity: str) -> _Kept:
+        about_to_wait()
+        name = self._name(identity)
+        what = f"version {identity} of {self._url}"
+        entries = self._entries(identity)
         folder, temporary, file = self._new_file()
         try:
             with contextlib.ExitStack() as undo:
                 undo.callback(file.close)
                 if temporary is not None:
                     undo.callback(_unlink, temporary)
-                root = _build(file, name, entries, str(folder), what)
+                root = _build(file, _KIND + identity.encode(), entries, str(folder), what)
                 end = file.tell()
                 file.write(root)
                 file.write(end.to_bytes(8, "little"))
@@ -151,7 +155,7 @@ class KeptTrees:
         kept = _opened(file, name)
         assert kept is not None
         with self._lock:
-            (self._open if temporary is not None else self._own)[name] = kept
+            (self._open if temporary is not None else self._own)[identity] = kept
         if temporary is not None:
             self._trim(name.hex())
         return kept
@@ -188,23 +192,29 @@ class KeptTrees:
 
     def _load(self, page: Page) -> bytes:
         """The bytes of a page, checked."""
-        name = page.extent.object.removeprefix(_KIND)
+        kind, identity = page.extent.object[:1], page.extent.object[1:].decode()
+        if kind not in (_KIND, _LAZY):
+            raise IntegrityError(f"page {page.id.hex()} is not of {self._url}")
         for attempt in (0, 1):
-            kept = self._find(name, "a version")
+            kept = self._find(identity)
+            if kind == _LAZY:
+                if kept.root.page is None:
+                    raise IntegrityError(f"version {identity} of {self._url} has no files, though its server says that it has")
+                page = kept.root.page
             data = os.pread(kept.file.fileno(), page.extent.length, page.extent.offset)
             if blake3(data).digest() == page.id:
                 return data
             if not attempt:  # the disk's fault, or somebody else's: it is made anew
                 log.warning("a kept directory page of %s fails its check; the version's list of files is read again", self._url)
-                self._drop(name)
+                self._drop(identity)
         raise IntegrityError(f"a directory page of {self._url} is not what it was: the version's list of files has changed")
 
-    def _drop(self, name: bytes) -> None:
+    def _drop(self, identity: str) -> None:
         with self._lock:
-            self._open.pop(name, None)
-            self._own.pop(name, None)
+            self._open.pop(identity, None)
+            self._own.pop(identity, None)
         if self._folder is not None:
-            _unlink(self._folder / name.hex())
+            _unlink(self._folder / self._name(identity).hex())
 
     def _name(self, identity: str) -> bytes:
         return blake3(f"{self._url}\0{identity}".encode()).digest()
@@ -256,16 +266,16 @@ def _check(name: bytes, root: bytes, end: int) -> bytes:
     return blake3(name + root + end.to_bytes(8, "little"), derive_key_context=CONTEXT).digest()
 
 
-def _build(file: IO[bytes], name: bytes, entries: Listed, folder: str, what: str) -> bytes:
+def _build(file: IO[bytes], object: bytes, entries: Listed, folder: str, what: str) -> bytes:
     """Write the pages of a tree to ``file``; its encoded root."""
 
     def store(data: bytes) -> Page:
-        page = Page(blake3(data).digest(), Extent(_KIND + name, file.tell(), len(data)))
+        page = Page(blake3(data).digest(), Extent(object, file.tell(), len(data)))
         file.write(data)
         return page
 
     checked = (_Listed(check_path(path, what), entry) for path, entry in entries)  # type: ignore[arg-type]  # never a Dir or a File
-    ordered = SortedByPath(checked, folder, lambda item: item.path, _encode, _decode)
+    ordered = Sorted(checked, folder, lambda item: tree_order(item.path), _encode, _decode)
     levels = [("", DirBuilder(store))]
     last = ""
     for item in ordered:

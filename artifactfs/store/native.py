@@ -663,6 +663,12 @@ class NativeStore:
             self.objects.swap("store.json", header + b"\n", ABSENT)
             self._check_format()
 
+    def default_entity(self) -> str:
+        return ""
+
+    def referenced(self, ref: Ref) -> File | Ref:
+        return ref
+
     def pin(self, file: Remote, deadline: float) -> Remote:
         raise IntegrityError(f"{file.name} is of an artifact server, and cannot be in {self.url}; the version is damaged")
 

@@ -14,12 +14,12 @@ from typing import NoReturn
 from artifactfs.cache import BlockCache
 from artifactfs.cache.records import Records
 from artifactfs.errors import OfflineError, UsageError
-from artifactfs.model import Collection, EntitySettings, Extent, File, LinkedVersion, Remote, Run, Version
+from artifactfs.model import Collection, EntitySettings, Extent, File, LinkedVersion, Ref, Remote, Run, Version
 from artifactfs.names import ArtifactName, is_registry
 from artifactfs.references import Source
 from artifactfs.store import LocalContent
 from artifactfs.store.drafts import Draft, Published
-from artifactfs.store.kept import KeptTrees
+from artifactfs.store.kept import KeptTrees, Listed
 from artifactfs.store.upload import Report
 
 
@@ -33,7 +33,7 @@ class ArtifactServer(abc.ABC):
         self.url = url
         self.offline = offline
         root: Path | None = cache.root if cache is not None else None
-        self.trees = KeptTrees(root, url, cache.limit // 4 if cache is not None else 0)
+        self.trees = KeptTrees(root, url, cache.limit // 4 if cache is not None else 0, self.list_files)
         self.records = Records(root, url) if root is not None else None
         self.tree = self.trees.tree
 
@@ -69,6 +69,10 @@ class ArtifactServer(abc.ABC):
     def pin(self, file: Remote, deadline: float) -> Remote: ...
 
     @abc.abstractmethod
+    def list_files(self, identity: str) -> Listed:
+        """The files and references of the version that ``identity`` names for ever, as :class:`KeptTrees` takes them."""
+
+    @abc.abstractmethod
     def update_collection(self, name: ArtifactName, change: Callable[[Collection], Collection]) -> Collection: ...
 
     @abc.abstractmethod
@@ -94,6 +98,12 @@ class ArtifactServer(abc.ABC):
 
     def in_registry(self, version: Version) -> bool:
         return any(is_registry(link.project) for link in self.links_of(version))
+
+    def default_entity(self) -> str:
+        return ""
+
+    def referenced(self, ref: Ref) -> File | Ref:
+        return ref
 
     def ttl_of(self, version: Version) -> int | None:
         return version.origin.ttl

@@ -29,6 +29,7 @@ from artifactfs.errors import ArtifactFSError, ConflictError, NetworkError, NotF
 from artifactfs.store.comet.account import api_key, store_url
 
 _PATIENCE = 600.0  # seconds for the answer to an upload: the server stores it elsewhere before it answers
+_ANSWER_MAX = 1 << 30  # bytes: a list of some million files
 _BATCH = 1000  # remote assets a request
 _LIB = "3.58.8"  # the client whose requests these are; the server is told so
 
@@ -234,12 +235,12 @@ class CometClient:
         asked = urlencode({"assetId": asset, "artifactVersionId": version, "allow301": "true"})
         return f"{self.server}/api/rest/v2/experiment/asset/get-asset?{asked}"
 
-    def access(self) -> http.Access:
-        """How :meth:`content_url` is asked. NotPermittedError where there is no key."""
-        return http.Access({"Authorization": self._current_key()}, follow=False)
+    def headers(self) -> Mapping[str, str]:
+        """With what :meth:`content_url` is asked. NotPermittedError where there is no key."""
+        return {**http.OWN_CREDENTIALS, "Authorization": self._current_key()}
 
     def refused(self) -> None:
-        """To be called when a request with :meth:`access` was: the key is read anew for the next."""
+        """To be called when a request with :meth:`headers` was: the key is read anew for the next."""
         with self._lock:
             self._key = ""
 
@@ -380,7 +381,7 @@ class CometClient:
 
     def _get(self, place: str, asked: Mapping[str, str], kind: type[_T]) -> _T:
         url = f"{self.server}/api/rest/v2/{place}?{urlencode(asked)}"
-        return self._decoded(self._ask("GET", url, {}, None, self._attempts(place)), kind, place)
+        return self._decoded(self._ask("GET", url, {}, lambda: b"", self._attempts(place)), kind, place)
 
     def _post(self, place: str, told: Mapping[str, Any], repeat: bool = True) -> bytes:
         data = json.dumps(told, separators=(",", ":")).encode()
@@ -396,15 +397,15 @@ class CometClient:
         method: str,
         url: str,
         headers: Mapping[str, str],
-        body: Callable[[], http.Body | bytes] | None,
+        body: Callable[[], http.Body],
         attempts: Attempts,
         repeat: bool = True,
         patience: float = 0.0,
     ) -> bytes:
-        access = http.Access({"Authorization": self._current_key(), **headers}, follow=False)
+        sent = {**self.headers(), **headers}
         while True:
             try:
-                answer = http.call(method, url, access=access, body=body, attempts=attempts, repeat=repeat, patience=patience)
+                answer = http.call(method, url, sent, body, attempts, _ANSWER_MAX, follow=False, repeat=repeat, patience=patience)
                 break
             except TransientError as error:
                 if error.wait is None:

@@ -101,7 +101,7 @@ class AssetSource:
             link, fresh = self._links.get(self._locator), False
             if not link:
                 try:
-                    return self._known(http.get_pin(self._url, self.size, self._deadline, self._client.access()))
+                    return self._known(http.get_pin(self._url, self.size, self._deadline, self._client.headers(), False))
                 except http.RedirectedError as found:
                     link, fresh = found.location, True
                     self._links.put(self._locator, link)
@@ -121,7 +121,9 @@ class AssetSource:
 
     def _direct(self, position: int, end: int) -> Iterator[bytes]:
         try:
-            yield from http.get_range(self._url, position, end - position, self._pin, self._deadline, self._client.access())
+            yield from http.get_range(
+                self._url, position, end - position, self._pin, self._deadline, self._client.headers(), False
+            )
         except NotPermittedError:
             raise self._refused() from None
 

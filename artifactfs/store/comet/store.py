@@ -66,6 +66,7 @@ from artifactfs.store.comet.client import (
 )
 from artifactfs.store.comet.words import SIDECAR, encode_sidecar
 from artifactfs.store.drafts import Draft, Published
+from artifactfs.store.kept import Listed
 from artifactfs.store.semvers import NEXT, Semvers
 from artifactfs.store.server import ArtifactServer
 from artifactfs.store.upload import Report
@@ -93,7 +94,6 @@ class CometStore(ArtifactServer):
         self._deadline = deadline
         self._lock = threading.Lock()
         self._numbers: dict[tuple[str, str], dict[str, int]] = {}
-        self._lists: dict[str, Callable[[], bytes]] = {}
 
     # The catalog
 
@@ -263,35 +263,34 @@ class CometStore(ArtifactServer):
 
     def _logged_by(self, name: ArtifactName, details: Details, row: VersionRow) -> str:
         """The run that logged a version, "" where it is not told. Asked for once, which also tells whether it is closed."""
-        key = f"origin {row.artifact_version_id}"
-        data = self.records.get(key) if self.records is not None else None
+        data = self.records.get(f"origin {row.artifact_version_id}") if self.records is not None else None
         if data is None:
             if self.offline:
                 return ""
-            found = self.client.version(name.entity, name.collection, row.version).experiment_key or ""
-            data = found.encode()
-            if self.records is not None:
-                self.records.put(key, data)
+            data = self._ask_origin(name.entity, name.collection, row.version, row.artifact_version_id)
         run = data.decode()
         return f"{name.entity}/{details.project or name.project}/{run}" if run else ""
+
+    def _ask_origin(self, workspace: str, name: str, version: str, id: str) -> bytes:
+        """The key of the experiment that logged a version. NotFinalError for one that is not closed."""
+        data = (self.client.version(workspace, name, version).experiment_key or "").encode()
+        if self.records is not None:
+            self.records.put(f"origin {id}", data)
+        return data
 
     # Files
 
     def _root(self, name: ArtifactName, row: VersionRow) -> Dir:
-        """The root directory of a version, from the list of its files."""
-        id = row.artifact_version_id
+        """The root directory of a version."""
+        return self.trees.root(f"{name.entity}/{name.collection}/{row.version}/{row.artifact_version_id}")
 
-        def listed() -> Iterator[tuple[str, Entry]]:
-            self.check_online(f"{name.path}:{row.version}, whose files were never listed here,")
-            if row.state != _CLOSED:
-                self.client.version(name.entity, name.collection, row.version)
-            return self._entries(id, self.client.files(name.entity, name.collection, row.version))
+    def list_files(self, identity: str) -> Listed:
+        workspace, name, version, id = identity.split("/", 3)
+        self.check_online(f"{workspace}/{name}:{version}, whose files were never listed here,")
+        self._ask_origin(workspace, name, version, id)
+        return self._entries(identity, id, self.client.files(workspace, name, version))
 
-        with self._lock:
-            self._lists[id] = lambda: self._list_of(id, self.client.files(name.entity, name.collection, row.version))
-        return self.trees.root(id, listed)
-
-    def _entries(self, id: str, rows: list[FileRow]) -> Iterator[tuple[str, Entry]]:
+    def _entries(self, identity: str, id: str, rows: list[FileRow]) -> Iterator[tuple[str, Entry]]:
         """The entries of a version; last the file of its assets' metadata."""
         told: dict[str, dict[str, Any]] = {}
         for path, entry, metadata in assets.found(rows, self.url, id):
@@ -300,26 +299,26 @@ class CometStore(ArtifactServer):
             yield path, entry if entry is not None else EMPTY
         if told:
             data = encode_sidecar(told)
-            found = fingerprint(data)
-            checksum, where = found.digest, assets.locator(_LIST, id)
+            checksum = fingerprint(data).digest
             key = remote_id(self.url, BLAKE3, checksum, len(data))
+            where = assets.locator(_LIST, identity)
             yield SIDECAR, Remote("", len(data), False, key, algorithm=BLAKE3, checksum=checksum, locator=where)
 
-    def _list_of(self, id: str, rows: list[FileRow]) -> bytes:
-        told = {path: metadata for path, _, metadata in assets.found(rows, self.url, id) if metadata is not None}
-        return encode_sidecar(told)
+    def _list_of(self, identity: str) -> bytes:
+        """The file of assets' metadata of a version."""
+        workspace, name, version, id = identity.split("/", 3)
+        rows = self.client.files(workspace, name, version)
+        return encode_sidecar(
+            {found.path: found.metadata for found in assets.found(rows, self.url, id) if found.metadata is not None}
+        )
 
     def source(self, file: File) -> Source:
         if not isinstance(file, Remote):
             raise IntegrityError(f"{file.name} is not of {self.url}")
         self.check_online(f"reading {file.name}")
-        kind, _, id = file.locator.partition("/")
+        kind, _, identity = file.locator.partition("/")
         if kind == _LIST:
-            with self._lock:
-                listed = self._lists.get(id)
-            if listed is None:
-                raise IntegrityError(f"{SIDECAR} is of a version that was not opened; open it again")
-            return contents.MemorySource(file, file.id, f"{self.url} {SIDECAR}", listed())
+            return contents.MemorySource(file, file.id, f"{self.url} {SIDECAR}", self._list_of(identity))
         return contents.AssetSource(self.client, self._links, file, self._deadline)
 
     def pin(self, file: Remote, deadline: float) -> Remote:
