@@ -8,7 +8,9 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import secrets
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -671,7 +673,7 @@ _STEPS = [
 @pytest.mark.parametrize("step", _STEPS)
 def test_a_commit_that_fails_is_repeated(server: CometServer, opened: Open, tmp_path: Path, step: str, drop: bool) -> None:
     """Wherever the server fails, or its answer is lost, the repetition makes one version of it, whole, with its alias."""
-    folder = write_files(tmp_path / "in", {"a": b"1", "b": b"2", "big": BIG})
+    folder = write_files(tmp_path / "in", {"a": b"1", "b": b"2", "c": b"3" * 3000})
     references = list(expand("https://example.com/x", "ref", checksum=False))
     shelf = opened(deadline=0.3)
     draft = shelf.draft(gather([str(folder)], references), aliases=["best"], always=True)
@@ -688,7 +690,7 @@ def test_a_commit_that_fails_is_repeated(server: CometServer, opened: Open, tmp_
     made = publish(again.store, dataclasses.replace(draft, retry=True)).version
     assert len(server.closed("bikes")) == 1
     assert again.version("best").semver == made.semver
-    assert again.files(made) == {"a": b"1", "b": b"2", "big": BIG, "ref": "https://example.com/x"}
+    assert again.files(made) == {"a": b"1", "b": b"2", "c": b"3" * 3000, "ref": "https://example.com/x"}
 
 
 class _Died(BaseException):
@@ -858,6 +860,23 @@ def test_a_stage_outlives_its_server(server: CometServer, opened: Open, world: W
     assert afs("commit", "--resume", staged).out.strip() == f"{NAME}:v0"
     shelf = opened()
     assert shelf.files(shelf.version()) == {"f": b"data"}
+
+
+@needs_fuse
+@pytest.mark.fuse
+def test_documented_commands(server: CometServer, afs: Program, tmp_path: Path) -> None:
+    server.add("bikes", {"f": b"data"}, version="1.2.0")
+    write_files(tmp_path / "data", {"f": b"more"})
+    for name in ("bikes", "work"):
+        (tmp_path / name).mkdir()
+    page = Path(__file__).parents[1] / "docs" / "comet.md"
+    [block] = re.findall(r"^```shell\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    for line in block.splitlines():
+        afs(*shlex.split(line, comments=True)[1:])
+    (tmp_path / "work" / "g").write_bytes(b"g")
+    for name in ("bikes", "work"):
+        afs("unmount", name)
+    assert [version.version for version in server.closed("bikes")] == ["1.2.0", "2.0.0", "3.0.0"]
 
 
 def test_commands(server: CometServer, afs: Program, tmp_path: Path) -> None:

@@ -307,10 +307,8 @@ class CometStore(ArtifactServer):
     def _list_of(self, identity: str) -> bytes:
         """The file of assets' metadata of a version."""
         workspace, name, version, id = identity.split("/", 3)
-        rows = self.client.files(workspace, name, version)
-        return encode_sidecar(
-            {found.path: found.metadata for found in assets.found(rows, self.url, id) if found.metadata is not None}
-        )
+        listed = assets.found(self.client.files(workspace, name, version), self.url, id)
+        return encode_sidecar({path: metadata for path, _, metadata in listed if metadata is not None})
 
     def source(self, file: File) -> Source:
         if not isinstance(file, Remote):
