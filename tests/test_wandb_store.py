@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from wandb_server import KEY, WandbServer, b64md5, running
+from wandb_server import KEY, Artifact, WandbServer, b64md5, running
 
 from artifactfs import download
 from artifactfs.cache import BlockCache
@@ -632,6 +632,7 @@ def test_lineage(server: WandbServer, cache: BlockCache, tmp_path: Path) -> None
     time_ = made.created_at
     store.mark_used(made, Run(entity="ann", project="lab", id="r2", created_at=time_, updated_at=time_))
     assert [run.path for run in store.used_by(made)] == ["ann/lab/r2"]
+    assert store.version(BIKES).run == "ann/lab/r1"
     assert store.run("ann", "lab", "r1").logged == [made.qualified_name]
     assert store.run("ann", "lab", "r2").used == [made.qualified_name]
 
@@ -724,3 +725,49 @@ def test_mount_and_stage(server: WandbServer, tmp_path: Path) -> None:
         assert os.readlink(where / "bikes/latest") == "v1"
     finally:
         ok(afs(server, "unmount", str(where)))
+
+
+_MILLION = """
+import sys
+from pathlib import Path
+from artifactfs.cache import BlockCache
+from artifactfs.names import parse
+from artifactfs.store.urls import open_store
+cache = BlockCache(Path(sys.argv[2]), 1 << 30)
+store = open_store(sys.argv[1], cache)
+def peak():
+    return int(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1]) // 1024
+before = peak()
+version = store.version(parse("ann/lab/bikes", "", ""))
+entry = store.tree.resolve(version.root, "d0777/00777-0500.bin")
+assert entry is not None and entry.size == 500, entry
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+def test_a_million_entries_in_bounded_memory(server: WandbServer, tmp_path: Path) -> None:
+    digest = b64md5(b"x")
+    lines = (
+        f'"d{folder:04}/{folder:05}-{number:04}.bin":{{"digest":"{digest}","size":{number},"birthArtifactID":"QUJD"}}'
+        for folder in range(1000)
+        for number in range(1000)
+    )
+    manifest = b'{"version":1,"storagePolicyConfig":{"storageLayout":"V2"},"contents":{' + ",".join(lines).encode() + b"}}"
+    server.log_version("ann/lab/bikes", {}, manifest=manifest)
+    server.artifacts[next(iter(server.artifacts))].__class__ = _Plain
+    run = [sys.executable, "-c", _MILLION, server.url, str(tmp_path / "big")]
+    started = time.monotonic()
+    done = subprocess.run(run, capture_output=True, text=True, timeout=110, check=False)
+    assert done.returncode == 0, done.stderr
+    print(f"{done.stdout.strip()} MiB, {time.monotonic() - started:.0f} s")
+    assert int(done.stdout) < 200
+    again = subprocess.run(run, capture_output=True, text=True, timeout=20, check=False)
+    assert again.returncode == 0 and int(again.stdout) < 60
+    assert server.asked.count("FetchArtifactManifest") == 1
+
+
+class _Plain(Artifact):
+    """Its manifest is not looked into."""
+
+    contents: Any = {}

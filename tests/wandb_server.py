@@ -338,6 +338,7 @@ class WandbServer:
                     {"node": {"versionIndex": n, "createdAt": TIME, "artifactCollection": self._collection(c)}} for c, n in places
                 ]
             },
+            "createdBy": self._run(it.entity, it.project, it.run) if it.run else None,
             "usedBy": {"edges": [{"node": self._run(*run)} for run in it.used]},
         }
 
