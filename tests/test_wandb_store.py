@@ -270,7 +270,7 @@ def test_a_key_in_netrc(server: WandbServer, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.delenv("WANDB_API_KEY")
     server.log_version("ann/lab/bikes", FILES)
     store = open_store(server.url)
-    with pytest.raises(NotPermittedError, match="no API key for 127.0.0.1"):
+    with pytest.raises(NotPermittedError, match=r"no API key for 127\.0\.0\.1"):
         store.version(BIKES)
     (Path.home() / ".netrc").write_text(f"machine {server.url.removeprefix('wandb://')}\n login api\n password {KEY}\n")
     (Path.home() / ".netrc").chmod(0o600)
@@ -770,4 +770,4 @@ def test_a_million_entries_in_bounded_memory(server: WandbServer, tmp_path: Path
 class _Plain(Artifact):
     """Its manifest is not looked into."""
 
-    contents: Any = {}
+    contents: Any = None

@@ -20,7 +20,8 @@ PROJECTS = f"""query GetProjects($entity: String!, $cursor: String, $perPage: In
 
 MEMBERSHIP = f"""query ArtifactMembershipByName($entity: String!, $project: String!, $name: String!) {{
   project(name: $project, entityName: $entity) {{ artifactCollectionMembership(name: $name) {{
-    id versionIndex createdAt aliases {{ id alias }} artifactCollection {{ {_COLLECTION} }} artifact {{ {_FIELDS} {_MADE_BY} }} }} }} }}"""
+    id versionIndex createdAt aliases {{ id alias }} artifactCollection {{ {_COLLECTION} }}
+    artifact {{ {_FIELDS} {_MADE_BY} }} }} }} }}"""
 
 ARTIFACT = f"query ArtifactByID($id: ID!) {{ artifact(id: $id) {{ {_FIELDS} {_MADE_BY} }} }}"
 
