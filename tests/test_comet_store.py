@@ -894,5 +894,6 @@ def test_commands(server: CometServer, afs: Program, tmp_path: Path) -> None:
     assert (document["aliases"], document["tags"], document["size"]) == (["best", "latest", "prod"], ["checked"], 6)
     assert [row["version"] for row in afs("versions", NAME, "--json").document] == ["v0"]
     assert "artifact server" in afs("gc", code=2).err
+    assert "the key may see 1 entities" in afs("doctor", code=None).out
     server.key = "another"
     assert KEY not in afs("ls", code=7).err

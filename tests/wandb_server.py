@@ -1,8 +1,8 @@
 """A small server that speaks W&B's artifact protocol, for the tests of the ``wandb://`` store. Its habits are its own.
 
-It knows nothing of artifactfs: GraphQL documents are parsed by graphql-core and their selections executed over plain values, so that
-any document of the protocol works. Contents are on a second port, behind signed URLs that end; ids look like nothing; pages may be
-shorter than asked for; ``artifactsV2`` answers 302.
+It knows nothing of artifactfs: GraphQL documents are parsed by graphql-core and their selections executed over plain values, so
+that any document of the protocol works. Contents are on a second port, behind signed URLs that end; ids look like nothing; pages
+may be shorter than asked for; ``artifactsV2`` answers 302.
 """
 
 from __future__ import annotations
@@ -338,6 +338,7 @@ class WandbServer:
                     {"node": {"versionIndex": n, "createdAt": TIME, "artifactCollection": self._collection(c)}} for c, n in places
                 ]
             },
+            "createdBy": self._run(it.entity, it.project, it.run) if it.run else None,
             "usedBy": {"edges": [{"node": self._run(*run)} for run in it.used]},
         }
 

@@ -539,7 +539,7 @@ class Stage:
         """From now on store the contents of closed files in the background, so that the commit has less to do. Not where the
         store is an artifact server, which takes contents with a version only."""
         if not isinstance(self._store, NativeStore):
-            log.warning("%s takes contents with their version only: nothing is stored ahead", self._store.url)
+            log.debug("%s takes contents with their version only: nothing is stored ahead", self._store.url)
             return
         self._eager = Eager(self._ledger, self._files, self._store, self.spec.algorithm, lambda: self.base, self.label)
 

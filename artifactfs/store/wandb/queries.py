@@ -7,10 +7,11 @@ _COLLECTION = f"__typename name {_PROJECT}"
 _FIELDS = f"""id artifactSequence {{ {_COLLECTION} }} versionIndex artifactType {{ name }} description metadata
 ttlDurationSeconds ttlIsInherited tags {{ id name }} state size digest commitHash fileCount createdAt updatedAt
 aliases {{ id alias artifactCollection {{ {_COLLECTION} }} }}"""
+_RUN = f"__typename id name {_PROJECT}"
+_MADE_BY = f"createdBy {{ __typename ... on Run {{ {_RUN} }} }}"
 _WHOLE_COLLECTION = f"""__typename id name description createdAt updatedAt {_PROJECT} type: defaultArtifactType {{ name }}
 tags {{ edges {{ node {{ id name }} }} }}"""
 _PAGE = "pageInfo { endCursor hasNextPage }"
-_RUN = f"__typename id name {_PROJECT}"
 
 VIEWER = "query Viewer { viewer { id entity username teams { edges { node { name } } } } }"
 
@@ -19,9 +20,10 @@ PROJECTS = f"""query GetProjects($entity: String!, $cursor: String, $perPage: In
 
 MEMBERSHIP = f"""query ArtifactMembershipByName($entity: String!, $project: String!, $name: String!) {{
   project(name: $project, entityName: $entity) {{ artifactCollectionMembership(name: $name) {{
-    id versionIndex createdAt aliases {{ id alias }} artifactCollection {{ {_COLLECTION} }} artifact {{ {_FIELDS} }} }} }} }}"""
+    id versionIndex createdAt aliases {{ id alias }} artifactCollection {{ {_COLLECTION} }}
+    artifact {{ {_FIELDS} {_MADE_BY} }} }} }} }}"""
 
-ARTIFACT = f"query ArtifactByID($id: ID!) {{ artifact(id: $id) {{ {_FIELDS} }} }}"
+ARTIFACT = f"query ArtifactByID($id: ID!) {{ artifact(id: $id) {{ {_FIELDS} {_MADE_BY} }} }}"
 
 MANIFEST = "query FetchArtifactManifest($id: ID!) { artifact(id: $id) { currentManifest { file { directUrl } } } }"
 
@@ -65,8 +67,6 @@ ORGANIZATION = """query FetchOrgInfoFromEntity($entity: String!) { entity(name: 
 CLIENT_ID = "query ClientIDMapping($clientID: ID!) { clientIDMapping(clientID: $clientID) { serverID } }"
 
 USED_BY = f"query ArtifactUsedBy($id: ID!) {{ artifact(id: $id) {{ usedBy {{ edges {{ node {{ {_RUN} }} }} }} }} }}"
-CREATED_BY = f"""query ArtifactCreatedBy($id: ID!) {{ artifact(id: $id) {{
-  createdBy {{ __typename ... on Run {{ {_RUN} }} }} }} }}"""
 
 _RUN_ARTIFACTS = """query {name}($entity: String!, $project: String!, $run: String!, $cursor: String, $perPage: Int = 100) {{
   project(name: $project, entityName: $entity) {{ run(name: $run) {{ id name {field}(after: $cursor, first: $perPage) {{

@@ -254,6 +254,7 @@ class WandbStore(ArtifactServer):
             "tags": [str(tag["name"]) for tag in node.get("tags") or () if dig(tag, "name")],
             "ttl": seconds if isinstance(seconds, int) and seconds > 0 else None,
             "ttl_inherited": bool(node.get("ttlIsInherited")) or seconds == _INHERIT,
+            "run": _run(node["createdBy"], source).path if dig(node, "createdBy", "name") else "",
             "commit": id,
             "created_at": _time(node.get("createdAt")),
             "updated_at": _time(node.get("updatedAt") or node.get("createdAt")),
@@ -591,7 +592,7 @@ def _aliases_in(node: Node, name: ArtifactName) -> list[str]:
     return [alias for alias in found if version_number(alias) is None]
 
 
-def _run(node: Node, version: Version) -> Run:
+def _run(node: Node, version: Version | ArtifactName) -> Run:
     entity = str(dig(node, "project", "entity", "name") or version.entity)
     project = str(dig(node, "project", "name") or version.project)
     time = _time(None)
