@@ -28,7 +28,7 @@ from artifactfs.draft import (
 from artifactfs.errors import IntegrityError, NotFoundError, UsageError, from_os_error
 from artifactfs.manifest import ArtifactManifestEntry, Stored, VersionHolding, digest_of, no_such_entry, version_name
 from artifactfs.media.base import Addition, DocumentAddition, EntryAddition, ReferenceAddition
-from artifactfs.model import MD5, XXH128, Dir, File, Page, is_executable
+from artifactfs.model import MD5, XXH128, Dir, File, Page, Remote, is_executable
 from artifactfs.names import ArtifactName, entry_path, parse
 from artifactfs.publish import NewRef
 from artifactfs.references import expand
@@ -306,6 +306,8 @@ def _renamed(found: FoundFolder, name: str) -> FoundFolder:
 def _same(old: Leaf, new: Leaf) -> bool:
     """Whether two entries have one content, as far as their digests tell."""
     if isinstance(old, (AddedFile, File)) and isinstance(new, (AddedFile, File)):
+        if isinstance(old, Remote) or isinstance(new, Remote):  # no content id is known of what a server has
+            return old.size == new.size and old.algorithm == new.algorithm and digest_of(old) == digest_of(new)
         return old.size == new.size and _content_id(old) == _content_id(new)
     return digest_of(old) == digest_of(new)
 

@@ -93,6 +93,34 @@ class Checksum:
         return base64.b64encode(self._hash.digest()).decode() if self._hash is not None else ""
 
 
+class EntryChecksum:
+    """The running checksum of a content as its entry has it: MD5 or XXH128, and for BLAKE3 the content id."""
+
+    def __init__(self, algorithm: str) -> None:
+        self._checksum = Checksum(algorithm)
+        self._hasher = Hasher()
+        self._buffer = bytearray()
+
+    def update(self, data: bytes | memoryview) -> None:
+        """Take the next bytes."""
+        if self._checksum.needed:
+            self._checksum.update(data)
+        elif not self._buffer and len(data) == BLOCK:
+            self._hasher.block(data)
+        else:
+            self._buffer += data
+            while len(self._buffer) >= BLOCK:
+                self._hasher.block(bytes(self._buffer[:BLOCK]))
+                del self._buffer[:BLOCK]
+
+    def finish(self) -> str:
+        """The checksum, base64. May be asked again; nothing can be taken after it."""
+        if self._buffer:
+            self._hasher.block(bytes(self._buffer))
+            self._buffer.clear()
+        return self._checksum.finish() or self._hasher.finish().digest
+
+
 def fingerprint(data: bytes | memoryview, algorithm: str = BLAKE3) -> Fingerprint:
     """The fingerprint of a content that is in memory."""
     if len(data) <= BLOCK:  # as most are: no need for what follows

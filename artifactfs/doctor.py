@@ -17,9 +17,10 @@ import artifactfs
 from artifactfs import daemon, mountpoint
 from artifactfs.cache import BlockCache
 from artifactfs.errors import ArtifactFSError, from_os_error
+from artifactfs.model import scheme_of
 from artifactfs.objects.local import LocalObjects
 from artifactfs.settings import Settings
-from artifactfs.store.urls import open_objects, open_store
+from artifactfs.store.urls import SERVERS, open_objects, open_store
 
 if TYPE_CHECKING:
     from artifactfs.objects.bucket import BucketObjects
@@ -105,6 +106,8 @@ def _mounting(settings: Settings) -> Check:
 
 def _store(settings: Settings) -> list[Check]:
     """The credentials of the store and the store itself, which is written to if it is remote: only so it is known to work."""
+    if scheme_of(settings.store) in SERVERS:
+        return [_artifact_server(settings)]
     try:
         objects = open_objects(settings.store)
     except ArtifactFSError as error:
@@ -115,6 +118,18 @@ def _store(settings: Settings) -> list[Check]:
 
     assert isinstance(objects, BucketObjects)
     return [_credentials(objects), _remote_store(settings, objects)]
+
+
+def _artifact_server(settings: Settings) -> Check:
+    """Whether it answers, and takes the key."""
+    try:
+        started = time.monotonic()
+        store = open_store(settings.store)
+        found = len(store.entities())
+    except ArtifactFSError as error:
+        return _failed("store", error)
+    took = time.monotonic() - started
+    return Check("store", True, f"{store.url}: answers in {took * 1000:.0f} ms; the key may see {found} entities")
 
 
 def _local_store(settings: Settings) -> Check:

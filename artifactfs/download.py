@@ -28,7 +28,7 @@ from typing import Literal, TypeAlias
 
 from blake3 import blake3
 
-from artifactfs.content import DIGEST_SIZE, Hasher, block_digest
+from artifactfs.content import DIGEST_SIZE, EntryChecksum, Hasher, block_digest
 from artifactfs.errors import (
     ArtifactFSError,
     ConflictError,
@@ -38,7 +38,7 @@ from artifactfs.errors import (
     UsageError,
     from_os_error,
 )
-from artifactfs.model import BLOCK, Dir, Entry, File, Ref, Symlink, Version, is_executable
+from artifactfs.model import BLOCK, Dir, Entry, File, Ref, Remote, Symlink, Version, is_executable
 from artifactfs.publish import Progress, Report
 from artifactfs.reader import Handle, Reader
 from artifactfs.reflink import share
@@ -417,7 +417,7 @@ class _Job:
             return False
         try:
             status = os.fstat(found)
-            if not entry.id or status.st_size != entry.size or _content_id(found) != entry.id:
+            if not entry.id or status.st_size != entry.size or not _has_content(found, entry):
                 return False
             if is_executable(status.st_mode) != entry.executable:
                 os.fchmod(found, _with_executable(stat.S_IMODE(status.st_mode), entry.executable))
@@ -449,6 +449,10 @@ class _Job:
                     raise _Stopped
         if entry.size >= 0 and offset != entry.size:
             raise IntegrityError(f"{self._where(path)} has {entry.size} bytes, but only {offset} could be read")
+        # Read in sequence it was compared on the way; unless there was nowhere to keep what came out of order.
+        unknown = isinstance(entry, Remote) and entry.checksum and not self._reader.is_verified(entry)
+        if unknown and not _has_content(part.fd, entry):
+            raise IntegrityError(f"{self._where(path)} is not what was recorded: its {entry.algorithm} is another")
 
     def _share(self, handle: Handle, fd: int, offset: int, data: bytes) -> int:
         """Have the beginning of ``data``, which belongs at ``offset``, on disk only once, where the store or the cache has it.
@@ -466,7 +470,7 @@ class _Job:
         return shared
 
     def _block_digests(self, entry: Stored) -> bytes:
-        return self._store.block_list(entry) if isinstance(entry, File) else b""
+        return self._store.block_list(entry) if isinstance(entry, File) and not isinstance(entry, Remote) else b""
 
     def _rename(self, fd: int, temporary: str, path: str, name: str) -> None:
         try:
@@ -554,7 +558,7 @@ class _Job:
             return
         try:
             status = os.fstat(found)
-            same = entry.size in (-1, status.st_size) and (not entry.id or _content_id(found) == entry.id)
+            same = entry.size in (-1, status.st_size) and (not entry.id or _has_content(found, entry))
         finally:
             os.close(found)
         if not same:
@@ -683,6 +687,20 @@ def _open_regular(fd: int, name: str) -> int:
         return found
     os.close(found)
     return -1
+
+
+def _has_content(fd: int, entry: Stored) -> bool:
+    """Whether a file has the bytes of an entry whose content was recorded."""
+    if not isinstance(entry, Remote):
+        return _content_id(fd) == entry.id
+    if not entry.checksum:  # nobody knows
+        return False
+    checksum = EntryChecksum(entry.algorithm)
+    offset = 0
+    while data := os.pread(fd, BLOCK, offset):
+        checksum.update(data)
+        offset += len(data)
+    return offset == entry.size and checksum.finish() == entry.checksum
 
 
 def _content_id(fd: int) -> bytes:

@@ -23,11 +23,12 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from email.utils import parsedate_to_datetime
 from http.cookiejar import DefaultCookiePolicy
-from urllib.parse import urlsplit, urlunsplit
+from typing import IO, Protocol, TypeAlias
+from urllib.parse import urljoin, urlsplit, urlunsplit
 
 import requests
 import requests.adapters
@@ -63,12 +64,34 @@ class Pin:
     size: int = -1
 
 
+_NO_HEADERS: Mapping[str, str] = {}
+
+
 class NoRangesError(ArtifactFSError):
     """The server sends only whole contents. ``stream`` is the answer already under way: the content from its first byte."""
 
     def __init__(self, url: str, stream: Iterator[bytes]) -> None:
         super().__init__(f"{shown(url)} cannot be read in ranges")
         self.stream = stream
+
+
+class RedirectedError(ArtifactFSError):
+    """The server has the content elsewhere, and the request was one that does not follow; ``location`` is where."""
+
+    def __init__(self, url: str, location: str) -> None:
+        super().__init__(f"{shown(url)} redirects to {shown(location)}")
+        self.location = location
+
+
+class Sized(Protocol):
+    """A body that is sent as it is read: ``len()`` tells its bytes, so that the request does."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, size: int = -1, /) -> bytes: ...
+
+
+Body: TypeAlias = "bytes | IO[bytes] | Sized"
 
 
 def shown(url: str) -> str:
@@ -83,7 +106,7 @@ def shown(url: str) -> str:
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, query, ""))
 
 
-def probe(url: str, deadline: float = DEADLINE) -> Pin:
+def probe(url: str, deadline: float = DEADLINE, headers: Mapping[str, str] = _NO_HEADERS) -> Pin:
     """What the server says of the content, from the head of its answer to a GET; the body is left unread.
 
     A GET and not a HEAD: signed URLs allow one method only, and some servers answer HEAD differently.
@@ -91,7 +114,7 @@ def probe(url: str, deadline: float = DEADLINE) -> Pin:
     attempts = Attempts(shown(url), deadline)
     while True:
         try:
-            with closing(_send(url, {}, attempts)) as response:
+            with closing(_send(url, headers, attempts)) as response:
                 _check_status(response, url)
                 pin = _pin_of(response)
                 if 0 <= pin.size <= _DRAIN:
@@ -101,19 +124,29 @@ def probe(url: str, deadline: float = DEADLINE) -> Pin:
             attempts.failed(error)
 
 
-def get_range(url: str, offset: int, size: int, pin: Pin, deadline: float = DEADLINE) -> Iterator[bytes]:
+def get_range(
+    url: str,
+    offset: int,
+    size: int,
+    pin: Pin,
+    deadline: float = DEADLINE,
+    headers: Mapping[str, str] = _NO_HEADERS,
+    follow: bool = True,
+) -> Iterator[bytes]:
     """Stream exactly ``size`` bytes from ``offset``, in pieces as they arrive; ``pin.size`` must be known.
 
-    A connection that breaks is resumed where it broke, with the same pin. :class:`NoRangesError` if the server answers
-    with the whole content where a part was asked for.
+    A connection that breaks is resumed where it broke, with the same pin, or where that has none with what the first answer
+    said. :class:`NoRangesError` if the server answers with the whole content where a part was asked for. ``follow`` False: a
+    redirect is a :class:`RedirectedError`.
     """
     attempts = Attempts(shown(url), deadline)
     position, end = offset, offset + size
     while position < end:
         try:
-            response = _ask(url, position, end, pin, attempts)
+            response = _ask(url, position, end, pin, attempts, headers, follow)
+            pin = _learned(pin, response)
             if response.status_code == 200 and (offset, size) != (0, pin.size):
-                raise NoRangesError(url, _whole(url, pin, attempts, response))
+                raise NoRangesError(url, _whole(url, pin, attempts, response, headers))
             with closing(response):
                 skip = position if response.status_code == 200 else 0
                 for piece in _pieces(response, skip, end - position, attempts):
@@ -123,18 +156,126 @@ def get_range(url: str, offset: int, size: int, pin: Pin, deadline: float = DEAD
             attempts.failed(error)
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer to :func:`exchange`, whatever its status. ``headers`` have lower-case names."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+def exchange(
+    method: str,
+    url: str,
+    headers: Mapping[str, str],
+    body: Callable[[], Body],
+    deadline: float = DEADLINE,
+    most: int = 64 << 20,
+) -> Answer:
+    """:func:`call` with attempts of its own, which follows redirects: they take ``Authorization`` to no other host."""
+    return call(method, url, headers, body, Attempts(shown(url), deadline), most)
+
+
+def call(
+    method: str,
+    url: str,
+    headers: Mapping[str, str],
+    body: Callable[[], Body],
+    attempts: Attempts,
+    most: int = 64 << 20,
+    *,
+    follow: bool = True,
+    repeat: bool = True,
+    patience: float = 0.0,
+) -> Answer:
+    """Send a request, and take its whole answer, of at most ``most`` bytes. ``body`` is called for each attempt.
+
+    Repeated when the connection breaks, the answer is cut or the server asks for it (429, 5xx), within the deadline: the request
+    must be one that may come twice. With ``repeat`` False it is sent once, and TransientError says that its answer is not known.
+    No credentials are sent but those in ``headers``. ``follow`` False: a redirect is a :class:`RedirectedError`. ``patience``:
+    seconds to wait for the answer to what takes the server long, instead of those of ``attempts``.
+    """
+    while True:
+        connect, wait = attempts.timeouts()
+        try:
+            sent = _send(url, headers, attempts, method, body(), follow, (connect, max(wait, patience)))
+            with closing(sent) as response:
+                if response.status_code in TRANSIENT:
+                    reason = f"the server answers {response.status_code} {_phrase(response)}".rstrip()
+                    raise TransientError(reason, _retry_after(response))
+                found = {name.lower(): value for name, value in response.headers.items()}
+                return Answer(response.status_code, found, _taken(response, url, attempts, most))
+        except TransientError as error:
+            if not repeat:
+                raise
+            attempts.failed(error)
+
+
+def get_pin(
+    url: str, size: int, deadline: float = DEADLINE, headers: Mapping[str, str] = _NO_HEADERS, follow: bool = True
+) -> Pin:
+    """What the server says of a content of ``size`` bytes, from its answer to a request for the first of them; with ``size`` -1
+    of one that sends no ranges. Errors as of :func:`get_range`."""
+    attempts = Attempts(shown(url), deadline)
+    while True:
+        try:
+            with closing(_ask(url, 0, 1, Pin(size=size), attempts, headers, follow)) as response:
+                known = _learned(Pin(size=size), response)
+                if response.status_code == 206:
+                    response.raw.drain_conn()
+                    return known
+                return dataclasses.replace(known, size=-1)
+        except TransientError as error:
+            attempts.failed(error)
+
+
+def _learned(pin: Pin, response: requests.Response) -> Pin:
+    """``pin``, or where it tells no validator that of the answer."""
+    if pin.etag or pin.modified:
+        return pin
+    return dataclasses.replace(_pin_of(response), size=pin.size)
+
+
+def _taken(response: requests.Response, url: str, attempts: Attempts, most: int) -> bytes:
+    pieces: list[bytes] = []
+    have = 0
+    for piece in _pieces(response, 0, _content_length(response), attempts):
+        have += len(piece)
+        if have > most:
+            raise NetworkError(f"{shown(url)} answers with over {most} bytes; refused")
+        pieces.append(piece)
+    return b"".join(pieces)
+
+
 def get_whole(url: str, deadline: float = DEADLINE) -> Iterator[bytes]:
     """Stream a content of unknown size to its end. A connection that breaks is an error: nothing pins a second answer."""
     attempts = Attempts(shown(url), deadline)
     try:
         with closing(_send(url, {}, attempts)) as response:
             _check_status(response, url)
-            yield from _pieces(response, 0, -1, attempts)
+            yield from _pieces(response, 0, _content_length(response), attempts)
     except TransientError as error:
         raise NetworkError(f"{shown(url)}: {error}; try again") from None
 
 
-def _whole(url: str, pin: Pin, attempts: Attempts, response: requests.Response) -> Iterator[bytes]:
+def fetch_into(file: IO[bytes], url: str, deadline: float = DEADLINE, headers: Mapping[str, str] = _NO_HEADERS) -> None:
+    """Write a content of unknown size to ``file``, which is empty. After a break it begins anew."""
+    attempts = Attempts(shown(url), deadline)
+    while True:
+        try:
+            file.seek(0)
+            file.truncate()
+            with closing(_send(url, headers, attempts)) as response:
+                _check_status(response, url)
+                for piece in _pieces(response, 0, _content_length(response), attempts):
+                    file.write(piece)
+            return
+        except TransientError as error:
+            attempts.failed(error)
+
+
+def _whole(url: str, pin: Pin, attempts: Attempts, response: requests.Response, headers: Mapping[str, str]) -> Iterator[bytes]:
     """The whole content, beginning with an answer that is already there; after a break, read again up to where it broke."""
     position = 0
     while True:
@@ -146,14 +287,16 @@ def _whole(url: str, pin: Pin, attempts: Attempts, response: requests.Response) 
                     yield piece
             return
         except TransientError as error:
-            response = _reopen(url, position, pin, attempts, error)
+            response = _reopen(url, position, pin, attempts, error, headers)
 
 
-def _reopen(url: str, position: int, pin: Pin, attempts: Attempts, error: TransientError) -> requests.Response:
+def _reopen(
+    url: str, position: int, pin: Pin, attempts: Attempts, error: TransientError, headers: Mapping[str, str]
+) -> requests.Response:
     while True:
         attempts.failed(error)
         try:
-            return _ask(url, position, pin.size, pin, attempts)
+            return _ask(url, position, pin.size, pin, attempts, headers)
         except TransientError as again:
             error = again
 
@@ -168,21 +311,37 @@ class _Session(requests.Session):
         return target
 
 
+class _OwnSession(_Session):
+    """Sends what credentials it is given, to the host that they are for, and takes none from ``~/.netrc``."""
+
+    def rebuild_auth(self, prepared_request: requests.PreparedRequest, response: requests.Response) -> None:
+        if "Authorization" in prepared_request.headers and self.should_strip_auth(  # type: ignore[no-untyped-call]
+            str(response.request.url), str(prepared_request.url)
+        ):
+            del prepared_request.headers["Authorization"]
+
+
+def _nothing_more(request: requests.PreparedRequest) -> requests.PreparedRequest:
+    return request
+
+
+_OWN = "artifactfs-own-credentials"
+OWN_CREDENTIALS: Mapping[str, str] = {_OWN: ""}
+"""To be among the ``headers`` of a request that has its credentials in them or in its URL. Never sent."""
+
 _lock = threading.Lock()
-_shared: _Session | None = None
+_shared: dict[bool, _Session] = {}
 
 
-def _session() -> _Session:
-    """The process's session, made at first use."""
-    global _shared
+def _session(own: bool = False) -> _Session:
+    """The process's session, made at first use. ``own``: it takes no credentials from ``~/.netrc``."""
     with _lock:
-        if _shared is None:
-            _shared = _new_session()
-        return _shared
+        if own not in _shared:
+            _shared[own] = _new_session(_OwnSession() if own else _Session())
+        return _shared[own]
 
 
-def _new_session() -> _Session:
-    session = _Session()
+def _new_session(session: _Session) -> _Session:
     # max_retries=0: only the loops of this module retry, because only they know the deadline and can resume in a body.
     adapter = requests.adapters.HTTPAdapter(pool_connections=_POOL, pool_maxsize=_POOL, max_retries=0)
     session.mount("http://", adapter)
@@ -195,20 +354,22 @@ def _new_session() -> _Session:
 def _forget_session() -> None:
     """In a forked child: the parent's connections are the parent's, and its lock may have been held."""
     global _shared, _lock
-    _shared = None
+    _shared = {}
     _lock = threading.Lock()
 
 
 os.register_at_fork(after_in_child=_forget_session)
 
 
-def _ask(url: str, start: int, end: int, pin: Pin, attempts: Attempts) -> requests.Response:
+def _ask(
+    url: str, start: int, end: int, pin: Pin, attempts: Attempts, given: Mapping[str, str], follow: bool = True
+) -> requests.Response:
     """The answer to a request for bytes ``start`` to ``end`` (exclusive), checked to be of that range and of what is pinned:
     a 206, or a 200 with the whole content."""
-    headers = {"Range": f"bytes={start}-{end - 1}"}
+    headers = {**given, "Range": f"bytes={start}-{end - 1}"}
     if pin.etag and not pin.etag.startswith("W/"):
         headers["If-Match"] = pin.etag
-    response = _send(url, headers, attempts)
+    response = _send(url, headers, attempts, follow=follow)
     try:
         _check_status(response, url)
         total = _check_content_range(response, url, start, end) if response.status_code == 206 else _content_length(response)
@@ -219,10 +380,34 @@ def _ask(url: str, start: int, end: int, pin: Pin, attempts: Attempts) -> reques
     return response
 
 
-def _send(url: str, headers: dict[str, str], attempts: Attempts) -> requests.Response:
+def _send(
+    url: str,
+    headers: Mapping[str, str],
+    attempts: Attempts,
+    method: str = "GET",
+    body: Body | None = None,
+    follow: bool = True,
+    timeout: tuple[float, float] | None = None,
+) -> requests.Response:
     """The head of an answer, its body unread. Foreign exceptions become this module's here."""
+    own = _OWN in headers or method != "GET"
+    sent = {name: value for name, value in headers.items() if name != _OWN}
+    auth = _nothing_more if own else None
     try:
-        return _session().get(url, headers=headers, stream=True, timeout=attempts.timeouts())
+        response = _session(own).request(
+            method,
+            url,
+            headers=sent,
+            data=body,
+            stream=True,
+            timeout=timeout or attempts.timeouts(),
+            auth=auth,
+            allow_redirects=follow,
+        )
+        if not follow and response.is_redirect:
+            response.close()
+            raise RedirectedError(url, urljoin(url, response.headers["Location"]))
+        return response
     except (requests.exceptions.ConnectionError, requests.exceptions.Timeout) as error:
         if _is_untrusted(error):
             text = f"{shown(url)}: the server's TLS certificate is not trusted; set REQUESTS_CA_BUNDLE if it is your own"

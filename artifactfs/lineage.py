@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 from artifactfs.errors import IntegrityError, NotFoundError
 from artifactfs.model import Run, Version
 from artifactfs.names import parse
-from artifactfs.store.native import NativeStore
+from artifactfs.store import Store
 
 MAX_NODES = 500
 """Nodes of a graph at most: more is no picture any more."""
@@ -61,7 +61,7 @@ class Graph:
         }
 
 
-def trace(store: NativeStore, version: Version, depth: int = 6) -> Graph:
+def trace(store: Store, version: Version, depth: int = 6) -> Graph:
     """The graph around a version: up to ``depth`` steps (a run is one) to what it came from, and to what came of it."""
     return _Walk(store, version.origin, depth).graph
 
@@ -69,7 +69,7 @@ def trace(store: NativeStore, version: Version, depth: int = 6) -> Graph:
 class _Walk:
     """One walk, breadth first, so that what is near is there when it is cut."""
 
-    def __init__(self, store: NativeStore, root: Version, depth: int) -> None:
+    def __init__(self, store: Store, root: Version, depth: int) -> None:
         self.graph = Graph(root.qualified_name)
         self._store = store
         self._versions: dict[str, Version | None] = {root.qualified_name: root}

@@ -9,10 +9,10 @@ from __future__ import annotations
 from artifactfs.errors import UsageError
 from artifactfs.model import Version
 from artifactfs.names import ArtifactName, is_registry, parse
-from artifactfs.store.native import NativeStore
+from artifactfs.store import Store
 
 
-def parse_name(store: NativeStore, text: str, entity: str, project: str) -> ArtifactName:
+def parse_name(store: Store, text: str, entity: str, project: str) -> ArtifactName:
     """A name with its defaults; one that begins with a registry is in the organisation of ``entity``. InvalidNameError."""
     parts = text.partition(":")[0].split("/")
     if len(parts) == 2 and is_registry(parts[0]) and entity:
@@ -20,7 +20,7 @@ def parse_name(store: NativeStore, text: str, entity: str, project: str) -> Arti
     return parse(text, entity, project)
 
 
-def link_target(store: NativeStore, text: str, source: Version, entity: str = "", project: str = "") -> ArtifactName:
+def link_target(store: Store, text: str, source: Version, entity: str = "", project: str = "") -> ArtifactName:
     """The portfolio that ``text``, ``[[entity/]project/]collection``, means for a link to ``source``.
 
     Entity and project default to those given, then the source's. A registry's entity must be the organisation of the source's, or
@@ -44,6 +44,6 @@ def link_target(store: NativeStore, text: str, source: Version, entity: str = ""
     return name
 
 
-def organization_of(store: NativeStore, entity: str) -> str:
+def organization_of(store: Store, entity: str) -> str:
     """The entity that holds the registries of ``entity``."""
     return store.entity_settings(entity).organization or entity

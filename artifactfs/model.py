@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
 import msgspec
+from blake3 import blake3
 
 BLOCK = 1 << 20
 """Bytes in a block: the unit of fetching, caching and checking (design, section 1)."""
@@ -63,6 +64,24 @@ class File(msgspec.Struct, frozen=True, array_like=True, tag=0, gc=False):
         return self.checksum or base64.b64encode(self.id).decode()
 
 
+class Remote(File, frozen=True, array_like=True, tag=4, gc=False):
+    """Stored content of an artifact server, which knows it by MD5, XXH128 or, if artifactfs logged it, BLAKE3.
+
+    ``id`` is made of the server's URL and that checksum (:func:`remote_id`), so it is no content id: nothing can be compared with
+    it. ``checksum`` "" is a content of which the server tells no checksum: it is only pinned. ``locator`` says to the store where
+    it is. ``etag`` and ``modified`` are what a process saw of it when it first asked, and pin it from then on; never in a page.
+    """
+
+    locator: str = ""
+    etag: str = ""
+    modified: str = ""
+
+    @property
+    def digest(self) -> str:
+        """The checksum users see, base64; "" where the server tells none."""
+        return self.checksum
+
+
 class Page(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Where a page of entries lies, and its id: the BLAKE3 of its bytes."""
 
@@ -111,7 +130,7 @@ class Ref(msgspec.Struct, frozen=True, array_like=True, tag=3, gc=False):
     algorithm: str = MD5
 
 
-Entry: TypeAlias = File | Dir | Symlink | Ref
+Entry: TypeAlias = File | Dir | Symlink | Ref | Remote
 
 MAX_TTL = 1 << 47
 """Seconds; more than Python's longest timedelta."""
@@ -308,6 +327,7 @@ def block_count(size: int) -> int:
     return -(-size // BLOCK)
 
 
+_REMOTE_CONTEXT = "artifactfs 2026-11 remote content v1"  # no content's id can equal a key that was derived with it
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*):")
 
 
@@ -321,6 +341,20 @@ def reference_key(ref: Ref) -> bytes:
     """What identifies the pinned bytes of a reference besides its content: URI, digest, version id and ETag."""
     pinned: Mapping[str, str | int] = ref.extra
     return msgspec.msgpack.encode((ref.uri, ref.digest, sorted(pinned.items())))
+
+
+def remote_id(url: str, algorithm: str, checksum: str, size: int, locator: str = "") -> bytes:
+    """What stands for the content of a server's file: the same for all that have its checksum, or without one its locator."""
+    where = "" if checksum else locator
+    return blake3(msgspec.msgpack.encode((url, algorithm, checksum, size, where)), derive_key_context=_REMOTE_CONTEXT).digest()
+
+
+def remote_key(entry: Remote) -> bytes:
+    """What identifies the bytes of ``entry`` in a cache: those of one pin are not mixed with those of another."""
+    if not (entry.etag or entry.modified):
+        return entry.id
+    pinned = msgspec.msgpack.encode((entry.id, entry.etag, entry.modified))
+    return blake3(pinned, derive_key_context=_REMOTE_CONTEXT).digest()
 
 
 class Attributes(NamedTuple):

@@ -1,5 +1,8 @@
 """The ONE way a version comes into being: contents, pages, version, collection, in this order.
 
+That is the order in a native store. An artifact server keeps versions in its own form, and makes one of the same draft by its own
+protocol: ``ArtifactServer.save``, which nothing else calls.
+
 Nothing refers to what is not yet durable: packs and blobs are fsync'd before the version's file appears (create if absent: that
 is the commit), and the collection's aliases move only after it. A process that dies in between leaves at most bytes that no
 version refers to, which ``gc`` removes, or a version whose aliases have not moved, which the retry mends: it carries the same
@@ -10,15 +13,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import msgspec
 
 from artifactfs.content import check_algorithm
 from artifactfs.errors import ConflictError, IntegrityError, NotFoundError, UsageError
-from artifactfs.model import BLAKE3, MAX_TTL, Collection, Dir, Entry, File, Page, Version
+from artifactfs.model import BLAKE3, MAX_TTL, Collection, Dir, Entry, Page, Version
 from artifactfs.names import (
     LATEST,
     ArtifactName,
@@ -32,9 +33,12 @@ from artifactfs.names import (
 )
 from artifactfs.objects import object_key
 from artifactfs.semver import SemVer
+from artifactfs.store import Store
 from artifactfs.store.arrived import Arrived
-from artifactfs.store.native import NativeStore, encode_record, now
+from artifactfs.store.drafts import Draft, Published
+from artifactfs.store.native import NativeStore, encode_record, native_store, now
 from artifactfs.store.semvers import NEXT, semvers
+from artifactfs.store.server import ArtifactServer
 from artifactfs.store.upload import Change, Folder, NewFile, NewRef, Progress, Report, Upload
 from artifactfs.tree import EMPTY, DirUpdate, Tree, forget_page
 
@@ -45,62 +49,19 @@ DEFAULT_TYPE = "dataset"
 """The type of a new collection that was given none, as with W&B's ``artifact put``."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Draft:
-    """All that a new version is made from. ``commit`` is a unique id of this commit, kept over its retries.
-
-    ``type`` "" means the collection's own, and for a new one :data:`DEFAULT_TYPE`. ``aliases`` are set besides ``latest``.
-    ``expect_base``: fail with a ConflictError unless the collection's newest version is this number (-1: unless it has none);
-    None: no condition. ``base`` is the number of the version it was derived from, for the record. ``retry``: an earlier attempt
-    at this commit may have made its version. ``stored`` are contents, by id, that were stored ahead of this commit and are there.
-    ``expect_root``: fail with an IntegrityError unless the root directory has this digest. ``number``: the least that the version
-    may have. ``since``: with ``retry``, what an earlier attempt made has a higher number. ``ttl`` None with ``inherit_ttl`` means
-    the entity's, whatever that is at the time. ``notes`` is a directory of this machine to note in what arrived at a remote
-    store, for the next attempt.
-
-    ``semver``: the semantic version to give it, :data:`~artifactfs.store.semvers.NEXT` for the next one, "" for none unless the
-    collection's versions have them. ``always``: make a version also where nothing had changed.
-    """
-
-    name: ArtifactName
-    type: str
-    folder: Folder
-    commit: str
-    algorithm: str = BLAKE3
-    description: str | None = None
-    metadata: Mapping[str, Any] | None = None
-    tags: Sequence[str] = ()
-    aliases: Sequence[str] = ()
-    ttl: int | None = None
-    inherit_ttl: bool = True
-    run: str = ""
-    base: int | None = None
-    expect_base: int | None = None
-    retry: bool = False
-    stored: Mapping[bytes, File] = dataclasses.field(default_factory=dict)
-    expect_root: bytes = b""
-    number: int = 0
-    notes: Path | None = None
-    semver: str = ""
-    always: bool = False
-    since: int = -1
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Published:
-    """``created`` is False where nothing had changed against ``latest`` and ``version`` is that one."""
-
-    version: Version
-    created: bool
-
-
-def publish(store: NativeStore, draft: Draft, report: Report | None = None) -> Published:
+def publish(store: Store, draft: Draft, report: Report | None = None) -> Published:
     """Make ``draft`` a version of its collection, or find that nothing changed against the newest.
 
     The given aliases and ``latest`` point to the result. UsageError for a type other than the collection's, ConflictError for
     ``expect_base`` or a file that changes while it is read. May be repeated with the same draft after any failure.
     """
     draft = _checked(draft)
+    if isinstance(store, ArtifactServer):
+        return store.save(draft, report)
+    return _publish(native_store(store, "committed to"), draft, report)
+
+
+def _publish(store: NativeStore, draft: Draft, report: Report | None) -> Published:
     own = _own(store, draft) if draft.retry else None
     if own is not None:
         return Published(_point_aliases(store, draft, own), True)

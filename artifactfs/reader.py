@@ -29,12 +29,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol, TypeAlias
 
+import msgspec
 from cachetools import LRUCache
 
 from artifactfs.cache import BlockCache, CachedContent
-from artifactfs.content import DIGEST_SIZE, block_digest, check_block_list
+from artifactfs.cache.records import Records
+from artifactfs.content import DIGEST_SIZE, EntryChecksum, block_digest, check_block_list
 from artifactfs.errors import ArtifactFSError, IntegrityError, NetworkError, SourceChangedError
-from artifactfs.model import BLOCK, File, Lying, Ref, block_count, reference_key, scheme_of
+from artifactfs.model import BLOCK, File, Lying, Ref, Remote, block_count, reference_key, remote_key, scheme_of
 from artifactfs.packed import OTHERS, PackedContents, Small, closed_error, offline_error
 from artifactfs.references import (
     DEADLINE,
@@ -47,10 +49,20 @@ from artifactfs.references import (
     resolve,
     source_key,
 )
+from artifactfs.references import (
+    is_verified as is_pinned_as_recorded,
+)
 from artifactfs.store import LocalContent, Store
 from artifactfs.waiting import Budget, Result, Workers
 
 log = logging.getLogger(__name__)
+
+WHOLE = 4 << 20
+"""Bytes of a server's file up to which all of it is fetched and compared with its checksum before any byte is served: a twentieth
+of a second on a usual link. Of larger ones pinned ranges are served before that."""
+SEEN_HERE = "seen:"
+"""What the ETag of a server's file begins with that has none: it is worth something in this process only."""
+_PIN_DECODE = msgspec.msgpack.Decoder(tuple[str, str]).decode
 
 BUDGET = 128 << 20
 """Bytes that may be asked for and not yet here, ahead of what is read."""
@@ -120,8 +132,10 @@ class Reader:
         self._packs = _Packs()
         self._packed = PackedContents(store.stream, cache, offline=offline, budget=self.budget, deadline=deadline)
         self._memory: LRUCache[tuple[bytes, int], bytes] = LRUCache(_MEMORY, getsizeof=len)
-        self._resolved: LRUCache[bytes, Ref] = LRUCache(_RESOLVED)
-        self._resolving: dict[bytes, Result[Ref]] = {}
+        self._resolved: LRUCache[bytes, Entry] = LRUCache(_RESOLVED)
+        self._resolving: dict[bytes, Result[Entry]] = {}
+        self._pins = Records(cache.root, f"{store.url} pins") if cache is not None else None
+        self._condemned: LRUCache[bytes, str] = LRUCache(_RESOLVED)
         self._local_store = scheme_of(store.url) in ("", "file")
         self._closed = False
 
@@ -129,7 +143,12 @@ class Reader:
         """A handle on the bytes of ``entry``; ``where`` (``entity/project/name:v3/path``) names it in messages. Makes no
         connection. ``beside`` gives the page that the entry is of, whose other contents may then be fetched with it. UsageError
         for a reference that cannot be read."""
+        if isinstance(entry, Ref):
+            entry = self.store.referenced(entry)
         if isinstance(entry, File):
+            if isinstance(entry, Remote):
+                _check_empty(entry, where)
+                return _RemoteHandle(self, entry, where)
             local = self.store.local_content(entry)
             if local is not None:
                 return _StoredHandle(entry.size, local, where)
@@ -144,10 +163,15 @@ class Reader:
 
     def size(self, ref: Ref) -> int:
         """The size of ``ref`` in bytes. One that was not recorded is asked for once, and remembered."""
-        return ref.size if ref.size >= 0 else self.pinned(ref, ref.uri).size
+        if ref.size >= 0:
+            return ref.size
+        entry = self.store.referenced(ref)
+        return entry.size if entry.size >= 0 else self.pinned(entry, ref.uri).size
 
     def cached_bytes(self, entry: Entry) -> int:
         """How many bytes of ``entry`` can be read without a connection."""
+        if isinstance(entry, Ref):
+            entry = self.store.referenced(entry)
         local = is_local(entry) if isinstance(entry, Ref) else self.store.local_content(entry)
         if local:
             if not isinstance(local, bool):
@@ -156,6 +180,8 @@ class Reader:
         if isinstance(entry, Ref) and not is_pinned(entry):
             with self._lock:
                 entry = self._resolved.get(reference_key(entry), entry)
+        elif isinstance(entry, Remote):
+            entry = self._known_pin(entry) or entry
         if self.cache is None or entry.size <= 0:
             return 0
         key = _key(entry, entry.name)
@@ -196,15 +222,21 @@ class Reader:
 
     def pinned(self, entry: Entry, where: str) -> Entry:
         """``entry`` itself, or a reference that was recorded without a pin or a size as its remote has it now."""
-        if isinstance(entry, File) or is_pinned(entry):
+        if isinstance(entry, Remote):
+            pinned = self._known_pin(entry)
+            if pinned is not None:
+                return pinned
+            key = entry.id
+        elif isinstance(entry, File) or is_pinned(entry):
             return entry
-        key = reference_key(entry)
+        else:
+            key = reference_key(entry)
         with self._lock:
             known = self._resolved.get(key)
             result = self._resolving.get(key)
             first = known is None and result is None
             if first:
-                self._check_online(where or entry.uri)
+                self._check_online(where or entry.name)
                 result = self._resolving[key] = Result()
         if known is not None:
             return known
@@ -212,12 +244,78 @@ class Reader:
         if first:
             self._workers.run(functools.partial(self._resolve, entry, key, result))
         if not result.wait(self.deadline):
-            raise NetworkError(f"{where or entry.uri}: no answer within {self.deadline:g} s; check the network, then try again")
+            raise NetworkError(f"{where or entry.name}: no answer within {self.deadline:g} s; check the network, then try again")
         return result.get()
 
-    def _resolve(self, ref: Ref, key: bytes, result: Result[Ref]) -> None:
+    def is_verified(self, entry: Entry) -> bool:
+        """Whether what is read of ``entry`` is compared with what was recorded: at once, or because all of it was here once. Of a
+        server's large file that is not known before; until then its bytes are only pinned."""
+        if isinstance(entry, Ref):
+            return is_pinned_as_recorded(entry)
+        if not isinstance(entry, Remote) or (entry.checksum and entry.size <= WHOLE):
+            return True
+        known = self._known_pin(entry)
+        if known is None or self.cache is None:
+            return False
+        with self._lock:
+            content = self._contents.get((remote_key(known), known.size, ""))
+        if content is not None and content.verified:
+            return True
+        return self.cache.content(remote_key(known), known.size).get_list() is not None
+
+    def _known_pin(self, entry: Remote) -> Remote | None:
+        """``entry`` as it was pinned here before, in this process or another; itself if it needs no pin."""
+        if not needs_pin(entry):
+            return entry
+        with self._lock:
+            known = self._resolved.get(entry.id)
+        if isinstance(known, Remote):
+            return msgspec.structs.replace(entry, etag=known.etag, modified=known.modified)
+        data = self._pins.get(entry.id.hex()) if self._pins is not None else None
+        if data is None:
+            return None
+        etag, modified = _PIN_DECODE(data)
+        return msgspec.structs.replace(entry, etag=etag, modified=modified)
+
+    def forget_pin(self, entry: Entry) -> None:
+        """What was seen of a server's file holds no more: the next who opens it asks again."""
+        if isinstance(entry, Remote):
+            with self._lock:
+                self._resolved.pop(entry.id, None)
+            if self._pins is not None:
+                self._pins.remove(entry.id.hex())
+
+    def condemn(self, content: _Content, error: IntegrityError) -> None:
+        """All of a content was here, and it is not what its checksum says: nothing of it stays, and its readers hear of it."""
+        log.error("%s", error)
+        self.forget_pin(content.entry)
+        with self._lock:
+            self._condemned[content.key] = str(error)
+            for key in [key for key in self._memory if key[0] == content.key]:
+                del self._memory[key]
+        if self.cache is not None:
+            try:
+                self.cache.evict(content.key)
+            except ArtifactFSError as failure:
+                log.warning("%s", failure)
+
+    def check_condemned(self, content: _Content) -> None:
+        """IntegrityError if :meth:`condemn` was told of these very bytes."""
+        with self._lock:
+            text = self._condemned.get(content.key)
+        if text is not None:
+            raise IntegrityError(text)
+
+    def _resolve(self, ref: Entry, key: bytes, result: Result[Entry]) -> None:
+        found: Entry
         try:
-            found = resolve(ref, self.deadline)
+            if isinstance(ref, Remote):
+                found = self.store.pin(ref, self.deadline)
+                if self._pins is not None and not found.etag.startswith(SEEN_HERE):
+                    self._pins.put(ref.id.hex(), msgspec.msgpack.encode((found.etag, found.modified)))
+            else:
+                assert isinstance(ref, Ref)
+                found = resolve(ref, self.deadline)
         except BaseException as error:
             with self._lock:
                 self._resolving.pop(key, None)
@@ -311,7 +409,7 @@ class Reader:
                     found[block] = slot
                 else:
                     missing.append(block)
-            if missing and not (missing == [_LIST] and self._local_store):
+            if missing and not (missing == [_LIST] and (self._local_store or content.all_here)):
                 self._check_online(where)
             if content.whole and missing and missing[0] != _LIST:
                 self._attach(content, missing, where, start)
@@ -406,7 +504,7 @@ class Reader:
         error: BaseException | None = None
         try:
             if fetch.first == _LIST:
-                fetch.content.fetch_list()
+                fetch.content.fetch_list(fetch)
             else:
                 self._fetch(fetch)
         except _StoppedError:
@@ -417,6 +515,8 @@ class Reader:
 
     def _end(self, fetch: _Fetch, error: BaseException | None) -> None:
         content = fetch.content
+        if isinstance(error, SourceChangedError):
+            self.forget_pin(content.entry)
         with self._lock:
             content.fetches.discard(fetch)
             slots = self._cancel(fetch)
@@ -463,7 +563,7 @@ class Reader:
             time.sleep(_LOOK)
         content.prepare(fetch.where)
         data = content.peek(block, 0, content.length(block))
-        if data is not None:
+        if data is not None and self._vouched(fetch, block, data):
             self._pass_on(fetch, block, data)
         return data is not None
 
@@ -527,7 +627,24 @@ class Reader:
         content = fetch.content
         content.keep(block, data, replace=not fetch.whole)
         content.disclaim(block)
-        self._pass_on(fetch, block, data)
+        if self._vouched(fetch, block, data):
+            self._pass_on(fetch, block, data)
+
+    def _vouched(self, fetch: _Fetch, block: int, data: bytes) -> bool:
+        """Whether this block may be served: False for one that completes a content which then proves to be wrong."""
+        content = fetch.content
+        if content.verified:
+            return True
+        self.remember(content.key, block, data)
+        try:
+            content.check_whole(fetch)
+        except IntegrityError as error:
+            with self._lock:
+                slot = self._passed(fetch, block)
+            if slot is not None:
+                slot.fail(error)
+            return False
+        return True
 
     def _pass_on(self, fetch: _Fetch, block: int, data: bytes) -> None:
         content = fetch.content
@@ -596,7 +713,14 @@ class _Content:
         self._reader = reader
         self._source: Source | None = None
         self._digests: bytes | None = None
-        if not entry.id or entry.size <= BLOCK:
+        self.verified = True  # or its checksum is still to be compared with all of it
+        self.all_here = False
+        self._whole: _Whole | None = None
+        if isinstance(entry, Remote):
+            self.verified = False
+            if entry.size > WHOLE or not entry.checksum:
+                self._whole = _Whole(entry)
+        elif not entry.id or entry.size <= BLOCK:
             self._digests = entry.id
 
     def source(self) -> Source:
@@ -669,8 +793,12 @@ class _Content:
     def begin(self, where: str) -> None:
         """Begin to fetch the block digests, if they are recorded and not known yet: blocks are fetched meanwhile, and wait for
         them before they are used."""
+        self._reader.check_condemned(self)
         if self._digests is None and not self._load_cached_list():
-            self._reader.want(self, [_LIST], where)
+            if isinstance(self.entry, Remote):  # nothing of it can be checked before all of it is here
+                self.prepare(where)
+            else:
+                self._reader.want(self, [_LIST], where)
 
     def prepare(self, where: str) -> None:
         """Make sure that the block digests are known, if they are recorded at all."""
@@ -679,6 +807,8 @@ class _Content:
             self._reader.wait(self, _LIST, slot, where)
 
     def _load_cached_list(self) -> bool:
+        if isinstance(self.entry, Remote):
+            return self._load_remote_list(self.entry)
         data = self.cached.get_list() if self.cached is not None else None
         if not data:
             return False
@@ -688,8 +818,85 @@ class _Content:
             return False
         return True
 
-    def fetch_list(self) -> None:
+    def _load_remote_list(self, entry: Remote) -> bool:
+        """The digests of the blocks of a server's file that was compared with its checksum. There is none, and none is waited
+        for, of a large one that is not all here."""
+        cached = self.cached
+        data = None
+        if cached is not None and self.size > BLOCK:
+            data = cached.get_list()
+        elif cached is not None and self.size and self._whole is None:  # one block, which is there only if it was compared
+            block = cached.read(0, 0, self.size)
+            data = block_digest(block) if block is not None else None
+        if data:
+            self._digests, self.verified = data, True
+        elif self._whole is not None:
+            self.all_here = bool(entry.checksum) and cached is not None and cached.cached_bytes() == self.size
+            if not self.all_here:
+                self._digests = b""
+        return self._digests is not None
+
+    def check_whole(self, fetch: _Fetch) -> None:
+        """Compare a server's file with its checksum as soon as all of it is here. IntegrityError if it is wrong."""
+        self._reader.check_condemned(self)
+        if self._whole is None or not isinstance(self.entry, Remote) or not self.entry.checksum:
+            return
+        digests = self._whole.advance(self, fetch)
+        if digests is not None:
+            self._accept(digests)
+
+    def _accept(self, digests: bytes) -> None:
+        if self.cached is not None and self.size > BLOCK:
+            self.cached.set_list(digests)
+        self._digests, self.verified = digests, True
+
+    def any_block(self, block: int) -> bytes | None:
+        """A block that is here, whether its digest is known or not."""
+        data = self._reader.recall(self.key, block)
+        if data is None and self.cached is not None:
+            data = self.cached.read(block, 0, self.length(block))
+        return data
+
+    def _fetch_remote(self, entry: Remote, fetch: _Fetch) -> None:
+        """Have the blocks' digests of a server's file: from all of it, which is fetched if it is small, or here already."""
+        if self._whole is not None:
+            self.check_whole(fetch)
+            self.all_here = False
+            if self._digests is None:  # something was evicted meanwhile
+                self._digests = b""
+            return
+        data = self._fetch_all(fetch)
+        if _checksum(entry, data) != entry.checksum:
+            log.warning("%s: %s has not the checksum that was recorded; it is fetched again", fetch.where, self.where())
+            data = self._fetch_all(fetch)
+        if _checksum(entry, data) != entry.checksum:
+            raise _wrong(entry, fetch.where, self.where())
+        pieces = [data[start : start + BLOCK] for start in range(0, len(data), BLOCK)]
+        digests = [block_digest(piece) for piece in pieces]
+        for block, piece in enumerate(pieces):
+            self.keeps = self.cached is not None and self.cached.write(block, piece, digests[block])
+            self._reader.remember(self.key, block, piece)
+        self._accept(b"".join(digests))
+
+    def _fetch_all(self, fetch: _Fetch) -> bytes:
+        pieces: list[bytes] = []
+        try:
+            stream = self.source().fetch(0, self.size)
+            for piece in stream:
+                fetch.arrived(len(piece))
+                pieces.append(piece)
+        except WholeOnly as whole:
+            pieces = [_cut(whole.stream, 0, self.size)]
+        data = b"".join(pieces)
+        if len(data) != self.size:
+            raise IntegrityError(f"{self.where()} ended after {len(data)} of {self.size} bytes; try again")
+        return data
+
+    def fetch_list(self, fetch: _Fetch) -> None:
         entry = self.entry
+        if isinstance(entry, Remote):
+            self._fetch_remote(entry, fetch)
+            return
         file = entry if isinstance(entry, File) else File(entry.name, entry.size, entry.executable, entry.id, blocks=entry.blocks)
         try:
             blocks = check_block_list(entry.id, self.size, self._reader.store.block_list(file), self.where())
@@ -703,6 +910,40 @@ class _Content:
     def _digest(self, block: int) -> bytes:
         """The BLAKE3 of a block; "" if none is recorded."""
         return self._digests[block * DIGEST_SIZE : (block + 1) * DIGEST_SIZE] if self._digests else b""
+
+
+class _Whole:
+    """Compares a large file of a server with its checksum as its blocks come, in whatever order: hashes those that are here, from
+    the first on, as far as none is missing."""
+
+    def __init__(self, entry: Remote) -> None:
+        self._lock = threading.Lock()
+        self._hash = EntryChecksum(entry.algorithm)
+        self._digests = bytearray()
+        self._next = 0
+
+    def advance(self, content: _Content, fetch: _Fetch) -> bytes | None:
+        """The digests of all blocks, once all of them were hashed; None before. IntegrityError if the checksum is another."""
+        entry = content.entry
+        assert isinstance(entry, Remote)
+        count = block_count(content.size)
+        with self._lock:  # whoever comes meanwhile waits: its own block may be the next
+            while self._next < count:
+                data = content.any_block(self._next)
+                if data is None:
+                    return None
+                self._hash.update(data)
+                self._digests += block_digest(data)
+                self._next += 1
+                fetch.moved = time.monotonic()
+            if content.verified:
+                return None
+            content._reader.check_condemned(content)
+            if self._hash.finish() != entry.checksum:
+                error = _wrong(entry, fetch.where, content.where())
+                content._reader.condemn(content, error)
+                raise error
+            return bytes(self._digests)
 
 
 class _RemoteHandle:
@@ -990,10 +1231,47 @@ class _StoppedError(Exception):
 
 def _key(entry: Entry, where: str) -> bytes:
     """The identity of the bytes of a pinned entry. IntegrityError for a stored one that cannot be right."""
+    if isinstance(entry, Remote):
+        return remote_key(entry)
     key = source_key(entry) if isinstance(entry, Ref) else entry.id
     if len(key) != DIGEST_SIZE:
         raise IntegrityError(f"{where} has a content id of {len(key)} bytes; run `artifactfs fsck`")
     return key
+
+
+def needs_pin(entry: Remote) -> bool:
+    """Whether bytes of ``entry`` are served before all of it could be compared with its checksum, and nothing pins it yet."""
+    return (entry.size > WHOLE or not entry.checksum) and not (entry.etag or entry.modified)
+
+
+def cache_keys(cache: BlockCache, store: Store, entry: Entry) -> list[bytes]:
+    """The keys under which a cache may have the bytes of a pinned entry."""
+    if not isinstance(entry, Remote):
+        return [_key(entry, entry.name)]
+    pin = Records(cache.root, f"{store.url} pins").get(entry.id.hex()) if needs_pin(entry) else None
+    if pin is None:
+        return [entry.id]
+    etag, modified = _PIN_DECODE(pin)
+    return [entry.id, remote_key(msgspec.structs.replace(entry, etag=etag, modified=modified))]
+
+
+def _check_empty(entry: Remote, where: str) -> None:
+    """No byte of an empty file is ever read, so none could be found wrong."""
+    if not entry.size and entry.checksum and _checksum(entry, b"") != entry.checksum:
+        raise _wrong(entry, where or entry.name, "its server")
+
+
+def _checksum(entry: Remote, data: bytes) -> str:
+    checksum = EntryChecksum(entry.algorithm)
+    checksum.update(data)
+    return checksum.finish()
+
+
+def _wrong(entry: Remote, where: str, source: str) -> IntegrityError:
+    return IntegrityError(
+        f"{where} from {source} is not what was recorded: its {entry.algorithm} is another than {entry.checksum}; "
+        "log the file again, or ask who runs the server"
+    )
 
 
 def _runs(blocks: list[int], most: int) -> Iterator[tuple[int, int]]:

@@ -14,7 +14,7 @@ from artifactfs.links import parse_name
 from artifactfs.names import ArtifactName, check_entity
 from artifactfs.reader import Reader
 from artifactfs.settings import Settings
-from artifactfs.store.native import NativeStore
+from artifactfs.store import Store
 from artifactfs.store.urls import open_store
 
 DEFAULT_PROJECT = "uncategorized"
@@ -26,7 +26,7 @@ class Session:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.cache = BlockCache(settings.cache_dir, settings.cache_size)
-        self.store: NativeStore = open_store(settings.store, self.cache)
+        self.store: Store = open_store(settings.store, self.cache)
         self._reader: Reader | None = None
         self._lock = threading.Lock()
         self._process = os.getpid()
@@ -43,8 +43,8 @@ class Session:
 
     @property
     def entity(self) -> str:
-        """The entity of names that give none: the setting, else the login name."""
-        return self.settings.entity or login_name()
+        """The entity of names that give none: the setting, else as the store knows its caller, else the login name."""
+        return self.settings.entity or self.store.default_entity() or login_name()
 
     @property
     def project(self) -> str:

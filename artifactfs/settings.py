@@ -1,7 +1,8 @@
 """Where things are and what they default to: environment, then ``$XDG_CONFIG_HOME/artifactfs/config.toml``, then defaults.
 
 Keys of the config file: ``store``, ``entity``, ``project``, ``cache_dir``, ``cache_size``, ``staging_dir``. The environment
-has the same as ``ARTIFACTFS_STORE`` and so on. ``~`` is expanded in paths.
+has the same as ``ARTIFACTFS_STORE`` and so on. ``~`` is expanded in paths. Where the store is a W&B server, ``WANDB_ENTITY`` and
+``WANDB_PROJECT`` are taken where ours are not set.
 """
 
 from __future__ import annotations
@@ -58,12 +59,16 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
         text = value(key)
         return Path(os.path.abspath(_expand(text, home))) if text else default
 
+    def wandb(key: str) -> str:
+        """What W&B's client would take, where the store is a W&B server."""
+        return env.get(f"WANDB_{key}", "") if value("store").startswith("wandb://") else ""
+
     data = _xdg(env, home, "DATA", ".local/share")
     size = value("cache_size")
     return Settings(
         store=_expand(value("store"), home) or str(data / "store"),
-        entity=value("entity"),
-        project=value("project"),
+        entity=value("entity") or wandb("ENTITY"),
+        project=value("project") or wandb("PROJECT"),
         cache_dir=directory("cache_dir", _xdg(env, home, "CACHE", ".cache")),
         cache_size=parse_size(size, "cache_size") if size else DEFAULT_CACHE_SIZE,
         staging_dir=directory("staging_dir", data / "stages"),

@@ -26,7 +26,7 @@ from cachetools import LRUCache
 
 from artifactfs.content import manifest_digest
 from artifactfs.errors import IntegrityError
-from artifactfs.model import BLAKE3, Count, Digest, Dir, Entry, Extent, File, Page, Ref, Symlink, named
+from artifactfs.model import BLAKE3, Count, Digest, Dir, Entry, Extent, File, Page, Ref, Remote, Symlink, named
 from artifactfs.names import MAX_PATH_PART
 
 DIGEST_CONTEXT = "artifactfs 2026-11 directory digest v1"
@@ -107,9 +107,13 @@ class _SlimRef(msgspec.Struct, frozen=True, array_like=True, tag=3, gc=False):
     name: str
 
 
+class _SlimRemote(_SlimFile, frozen=True, array_like=True, tag=4, gc=False):
+    pass
+
+
 class _SlimLeaf(msgspec.Struct, frozen=True, array_like=True, tag=0):
     version: int
-    entries: list[_SlimFile | _SlimDir | _SlimSymlink | _SlimRef]
+    entries: list[_SlimFile | _SlimDir | _SlimSymlink | _SlimRef | _SlimRemote]
 
 
 _id_of: Callable[[object], bytes] = operator.attrgetter("id")
@@ -637,6 +641,8 @@ def weight(entry: Entry) -> int:
     if isinstance(entry, Ref):
         extra = sum(_length(key) + _length(str(value)) for key, value in entry.extra.items())
         return size + _length(entry.uri) + _length(entry.digest) + extra
+    if isinstance(entry, Remote):
+        return size + _length(entry.locator)
     return size
 
 

@@ -28,10 +28,9 @@ from cachetools import LRUCache, TTLCache, cached
 
 from artifactfs import names
 from artifactfs.errors import ArtifactFSError, InvalidNameError, NotFoundError, ReadOnlyError, UsageError
-from artifactfs.model import Attributes, Collection, Dir, Entry, File, Ref, Space, Symlink, Version
+from artifactfs.model import Attributes, Collection, Dir, Entry, File, Ref, Remote, Space, Symlink, Version
 from artifactfs.names import ArtifactName
 from artifactfs.reader import Handle, Reader
-from artifactfs.references import is_verified
 from artifactfs.store import Store
 
 log = logging.getLogger(__name__)
@@ -270,11 +269,12 @@ class VersionView:
         elif isinstance(entry, (File, Ref)):
             values[XATTR + "digest"] = entry.digest.encode
             values[XATTR + "cached"] = lambda: str(self._reader.cached_bytes(entry)).encode()
-            if entry.id:
+            if entry.id and not isinstance(entry, Remote):
                 values[XATTR + "content_id"] = entry.id.hex().encode
         if isinstance(entry, Ref):
             values[XATTR + "ref"] = entry.uri.encode
-            values[XATTR + "verified"] = str(is_verified(entry)).lower().encode
+        if isinstance(entry, (Ref, Remote)):
+            values[XATTR + "verified"] = lambda: str(self._reader.is_verified(entry)).lower().encode()
         return values
 
 

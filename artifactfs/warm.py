@@ -17,8 +17,8 @@ from artifactfs.cache import BlockCache
 from artifactfs.errors import ArtifactFSError, UsageError
 from artifactfs.model import BLOCK, Dir, File, Ref, Symlink, Version
 from artifactfs.publish import Progress, Report
-from artifactfs.reader import Reader
-from artifactfs.references import is_local, is_pinned, source_key
+from artifactfs.reader import Reader, cache_keys
+from artifactfs.references import is_local, is_pinned
 from artifactfs.store import Store
 
 _STREAMS = 4
@@ -103,7 +103,7 @@ def evict(store: Store, cache: BlockCache, version: Version, prefix: str = "") -
     freed = 0
     for _, entry in remote_entries(store, version, prefix):
         if isinstance(entry, File) or is_pinned(entry):
-            freed += cache.evict(entry.id if isinstance(entry, File) else source_key(entry))
+            freed += sum(cache.evict(key) for key in cache_keys(cache, store, entry))
     return freed
 
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from artifactfs.content import (
     CheckedBlocks,
     Checksum,
+    EntryChecksum,
     Hasher,
     check_algorithm,
     check_block_list,
@@ -172,3 +173,15 @@ def test_a_file_put_in_its_place_is_checked_again(tmp_path: Path) -> None:
     with good.open("rb") as first, bad.open("rb") as second:
         assert checks.read(first.fileno(), 0, 4, 0, 4, digest) == b"good"
         assert checks.read(second.fileno(), 0, 4, 0, 4, digest) is None
+
+
+@pytest.mark.parametrize("size", [0, 1, BLOCK, BLOCK + 1, 3 * BLOCK])
+@pytest.mark.parametrize("algorithm", ["BLAKE3", "MD5", "XXH128"])
+def test_entry_checksum_is_that_of_one_pass(algorithm: str, size: int) -> None:
+    data = os.urandom(size)
+    for step in (BLOCK, 300_000, 2 * BLOCK + 5):
+        checksum = EntryChecksum(algorithm)
+        for start in range(0, size, step):
+            checksum.update(data[start : start + step])
+        expected = fingerprint(data, algorithm).digest
+        assert checksum.finish() == checksum.finish() == expected

@@ -62,6 +62,13 @@ class Records:
             self._write(name, check + record)
             self._put[name] = check
 
+    def remove(self, key: str) -> None:
+        """Forget the record."""
+        name = self._name(key)
+        with contextlib.suppress(OSError), self._lock:
+            self._put.pop(name, None)
+            os.unlink(self._folder / name)
+
     def _write(self, name: str, data: bytes) -> None:
         os.makedirs(self._folder, 0o700, exist_ok=True)
         temporary = self._folder / f"tmp-{secrets.token_hex(8)}"

@@ -9,6 +9,7 @@ from artifactfs.cli import output
 from artifactfs.cli.catalog import describe_version
 from artifactfs.cli.progress import Counted, progress
 from artifactfs.cli.session import Session, command, pass_session
+from artifactfs.store.native import native_store
 from artifactfs.store.urls import open_store
 
 
@@ -24,8 +25,8 @@ def copy_command(session: Session, name: str, target: str) -> None:
     has is not sent. A copy that was interrupted goes on where it was when it is started again.
     """
     parsed = session.name(name)
-    source = open_store(session.settings.store)
-    into = open_store(session.located(target))
+    source = native_store(open_store(session.settings.store), "copied from")
+    into = native_store(open_store(session.located(target)), "copied into")
     with progress(session, "copying") as report:
         count = Counted(report)
         copied = copying.copy(source, into, parsed, count)

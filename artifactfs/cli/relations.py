@@ -17,7 +17,7 @@ from artifactfs.cli.session import Session, command, pass_session
 from artifactfs.errors import NotFoundError, UsageError
 from artifactfs.links import link_target, parse_name
 from artifactfs.model import Run, Version
-from artifactfs.store.native import NativeStore
+from artifactfs.store import Store
 from artifactfs.store.urls import open_store
 
 # --- links ---------------------------------------------------------------------------------------
@@ -132,7 +132,7 @@ def lineage_command(session: Session, name: str, depth: int, form: str) -> None:
     session.result(document, _FORMS[form](graph))
 
 
-def _logged_by(store: NativeStore, version: Version) -> dict[str, Any] | None:
+def _logged_by(store: Store, version: Version) -> dict[str, Any] | None:
     with contextlib.suppress(NotFoundError, ValueError):
         entity, project, id = version.run.split("/")
         return _run_document(store.run(entity, project, id))

@@ -16,6 +16,7 @@ from artifactfs.cli.session import Group, Session, command, pass_session
 from artifactfs.errors import ArtifactFSError, IntegrityError
 from artifactfs.publish import Progress
 from artifactfs.settings import parse_size
+from artifactfs.store.native import native_store
 from artifactfs.store.urls import open_store
 
 
@@ -89,7 +90,7 @@ def gc_command(session: Session, dry_run: bool, grace: str) -> None:
     Runs beside commits and mounts and loses nothing of theirs, as long as no commit takes longer than the grace period.
     """
     seconds = 0 if grace in ("0", "0s") else arguments.ttl(grace) or 0
-    store = open_store(session.settings.store)
+    store = native_store(open_store(session.settings.store), "collected")
     done = maintenance.gc(store, dry_run=dry_run, grace=seconds)
     removed = f"{output.count(done.removed, 'object')} ({output.size(done.bytes)})"
     lines = [f"{'would expire' if dry_run else 'expired'} {name}" for name in done.expired]
@@ -102,7 +103,7 @@ def gc_command(session: Session, dry_run: bool, grace: str) -> None:
 @pass_session
 def fsck_command(session: Session) -> None:
     """Check the catalog, every page and every byte of every version in the store. Fails with exit code 6 if anything is wrong."""
-    store = open_store(session.settings.store)
+    store = native_store(open_store(session.settings.store), "checked with fsck; `artifactfs verify NAME` reads a version")
     checked = maintenance.Checked()
     with progress(session, "checking") as report:
 

@@ -21,18 +21,7 @@ import msgspec
 
 from artifactfs import session
 from artifactfs.building import Contents
-from artifactfs.comet.assets import (
-    ERROR,
-    SIDECAR,
-    SYNCED,
-    SYNCED_SCHEMES,
-    ArtifactAsset,
-    check_asset_metadata,
-    check_logical_path,
-    encode_sidecar,
-    own_metadata,
-    shown_metadata,
-)
+from artifactfs.comet.assets import ArtifactAsset, check_asset_metadata, check_logical_path, own_metadata, shown_metadata
 from artifactfs.comet.exceptions import ArtifactConflictingAssetLogicalPath
 from artifactfs.draft import CopyArea, check_regular, scan_folder
 from artifactfs.errors import ArtifactFSError, SourceChangedError, UsageError, from_os_error
@@ -51,6 +40,7 @@ from artifactfs.publish import Draft, NewRef, publish
 from artifactfs.references import expand
 from artifactfs.semver import SemVer
 from artifactfs.session import Session
+from artifactfs.store.comet.words import ERROR, SIDECAR, SYNCED, SYNCED_SCHEMES, encode_sidecar
 from artifactfs.store.semvers import NEXT
 
 MAX_NAME = 100

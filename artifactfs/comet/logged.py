@@ -16,18 +16,7 @@ from blake3 import blake3
 
 from artifactfs import download
 from artifactfs.comet.artifact import Added, Artifact, checked_aliases
-from artifactfs.comet.assets import (
-    ASSET_TYPE,
-    ERROR,
-    FOLDER,
-    MAX_SIDECAR,
-    SIDECAR,
-    SYNCED,
-    ArtifactAsset,
-    decode_sidecar,
-    is_synced,
-    shown_metadata,
-)
+from artifactfs.comet.assets import ASSET_TYPE, ArtifactAsset, shown_metadata
 from artifactfs.comet.exceptions import (
     ArtifactAssetNotFound,
     ArtifactDownloadException,
@@ -38,10 +27,11 @@ from artifactfs.download import Existing
 from artifactfs.draft import fingerprint_file
 from artifactfs.errors import ConflictError, IntegrityError, NotFoundError, UsageError, also, from_os_error
 from artifactfs.manifest import version_id
-from artifactfs.model import BLAKE3, Collection, Dir, Entry, File, Ref, Run, Symlink, Version
+from artifactfs.model import BLAKE3, Collection, Dir, Entry, File, Ref, Remote, Run, Symlink, Version
 from artifactfs.names import LATEST, ArtifactName, check_tags, entry_path
 from artifactfs.semver import SemVer
 from artifactfs.session import Session
+from artifactfs.store.comet.words import ERROR, FOLDER, MAX_SIDECAR, SIDECAR, SYNCED, decode_sidecar, is_synced
 from artifactfs.store.semvers import semver_of
 
 _STRATEGIES: dict[object, Existing] = {
@@ -164,7 +154,7 @@ class LoggedArtifactAsset:
             return
         if taken and _has_content(target, self._entry):
             return
-        if taken and existing == "refuse" and self._entry.id:
+        if taken and existing == "refuse" and _is_known(self._entry):
             raise _taken(target, self._owner)
         folder = os.path.dirname(os.path.abspath(target))
         with _os_errors(f"writing {target}"):
@@ -455,11 +445,22 @@ def _taken(target: str, owner: LoggedArtifact) -> ConflictError:
     )
 
 
+def _is_known(entry: Entry) -> bool:
+    """Whether the content of ``entry`` can be told from another without fetching it."""
+    if isinstance(entry, Remote):
+        return bool(entry.checksum)
+    return not isinstance(entry, (Dir, Symlink)) and bool(entry.id)
+
+
 def _has_content(path: str, entry: Entry) -> bool:
     """Whether the file at ``path`` has the very content of ``entry``, as far as that is known without fetching it."""
-    if isinstance(entry, (Dir, Symlink)) or not entry.id or os.path.islink(path) or not os.path.isfile(path):
+    if isinstance(entry, (Dir, Symlink)) or not _is_known(entry) or os.path.islink(path) or not os.path.isfile(path):
         return False
-    return os.path.getsize(path) == entry.size and fingerprint_file(path, BLAKE3).id == entry.id
+    if os.path.getsize(path) != entry.size:
+        return False
+    if isinstance(entry, Remote):
+        return fingerprint_file(path, entry.algorithm).digest == entry.checksum
+    return fingerprint_file(path, BLAKE3).id == entry.id
 
 
 def _same_files(one: str, other: str) -> bool:

@@ -13,7 +13,7 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
-from artifactfs.model import BLOCK, Dir, Entry, File, Ref, Symlink, Version, block_count, is_executable
+from artifactfs.model import BLOCK, Dir, Entry, File, Ref, Remote, Symlink, Version, block_count, is_executable
 from artifactfs.publish import Change, NewFile
 from artifactfs.staging.data import Below
 from artifactfs.staging.files import Files
@@ -95,7 +95,7 @@ class Plan:
             return stored if stored.executable == executable else msgspec.structs.replace(stored, executable=executable)
         entry = node.entry
         path = self._files.path_of(node)
-        if not isinstance(entry, File):
+        if not isinstance(entry, File) or isinstance(entry, Remote):  # a server takes whole files only
             self._localise(node, range(block_count(node.visible)))
             return NewFile(path, executable)
         changed = _changed_blocks(node, entry, size)

@@ -62,6 +62,7 @@ from artifactfs.staging.nodes import (
     os_error,
 )
 from artifactfs.staging.recovery import boot_id, mend
+from artifactfs.store import Store
 from artifactfs.store.native import NativeStore
 
 log = logging.getLogger(__name__)
@@ -139,7 +140,7 @@ def _changing(operation: Callable[Concatenate[Stage, _P], _R]) -> Callable[Conca
 class Stage:
     """One stage. Any thread may call anything; :meth:`close`, :meth:`discard` and :meth:`remove` when no call is under way."""
 
-    def __init__(self, directory: StageDirectory, spec: StageSpec, store: NativeStore, reader: Reader, space: Namespace) -> None:
+    def __init__(self, directory: StageDirectory, spec: StageSpec, store: Store, reader: Reader, space: Namespace) -> None:
         """For :meth:`begin` and :meth:`resume`."""
         self.spec = spec
         self.path = directory.path
@@ -166,7 +167,7 @@ class Stage:
         self._closed = False
 
     @classmethod
-    def begin(cls, directory: Path, spec: StageSpec, store: NativeStore, reader: Reader) -> Stage:
+    def begin(cls, directory: Path, spec: StageSpec, store: Store, reader: Reader) -> Stage:
         """A new stage in ``directory``, which must not exist. NotFoundError if the base version does not; what a commit would
         refuse in the specification is refused here."""
         _check_spec(spec)
@@ -185,7 +186,7 @@ class Stage:
         return stage
 
     @classmethod
-    def resume(cls, directory: Path, store: NativeStore, reader: Reader) -> Stage:
+    def resume(cls, directory: Path, store: Store, reader: Reader) -> Stage:
         """The stage that is in ``directory``, with every operation that had completed.
 
         NotFoundError if there is none, ConflictError if another process uses it.
@@ -535,7 +536,11 @@ class Stage:
             return published
 
     def store_ahead(self) -> None:
-        """From now on store the contents of closed files in the background, so that the commit has less to do."""
+        """From now on store the contents of closed files in the background, so that the commit has less to do. Not where the
+        store is an artifact server, which takes contents with a version only."""
+        if not isinstance(self._store, NativeStore):
+            log.debug("%s takes contents with their version only: nothing is stored ahead", self._store.url)
+            return
         self._eager = Eager(self._ledger, self._files, self._store, self.spec.algorithm, lambda: self.base, self.label)
 
     def close(self) -> None:
@@ -593,7 +598,7 @@ class Stage:
             base=base.number if base else None,
             expect_base=self._expected() if expect else None,
             retry=header.attempted,
-            stored=refresh(self._ledger, self._store)[0],
+            stored=refresh(self._ledger, self._store)[0] if isinstance(self._store, NativeStore) else {},
             notes=Path(self.path) / "arrived",
         )
         try:

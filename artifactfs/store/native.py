@@ -57,6 +57,7 @@ from artifactfs.model import (
     LinkedVersion,
     Page,
     Ref,
+    Remote,
     Run,
     Version,
     block_count,
@@ -76,7 +77,7 @@ from artifactfs.objects import ABSENT, MAX_RECORD, ObjectStore, object_key, stre
 from artifactfs.packed import PackedContents, Small
 from artifactfs.references import DEADLINE
 from artifactfs.semver import is_semver
-from artifactfs.store import LocalContent
+from artifactfs.store import LocalContent, Store
 from artifactfs.store.contents import ExtentSource, LocalExtents
 from artifactfs.store.remembered import RememberedObjects
 from artifactfs.store.semvers import Semvers, semvers
@@ -613,6 +614,8 @@ class NativeStore:
             raise IntegrityError(f"{key} of {self.url} is lost") from None
 
     def source(self, file: File) -> ExtentSource:
+        if isinstance(file, Remote):
+            self.pin(file, 0.0)
         return ExtentSource(self.objects, file.id, file.size, self.extents(file))
 
     def extents(self, file: File) -> tuple[Extent, ...]:
@@ -659,6 +662,15 @@ class NativeStore:
         if not self._check_format():
             self.objects.swap("store.json", header + b"\n", ABSENT)
             self._check_format()
+
+    def default_entity(self) -> str:
+        return ""
+
+    def referenced(self, ref: Ref) -> File | Ref:
+        return ref
+
+    def pin(self, file: Remote, deadline: float) -> Remote:
+        raise IntegrityError(f"{file.name} is of an artifact server, and cannot be in {self.url}; the version is damaged")
 
     def _block_digests(self, file: File) -> Callable[[], bytes]:
         return lambda: self.block_list(file)
@@ -818,6 +830,13 @@ class _SharedChecks:
 def open_native(objects: ObjectStore, cache: BlockCache | None = None, offline: bool = False) -> NativeStore:
     """The native store over ``objects``; see :func:`artifactfs.store.urls.open_store` for errors."""
     return NativeStore(objects, cache, offline)
+
+
+def native_store(store: Store, doing: str) -> NativeStore:
+    """``store``, if it is a native one. UsageError for an artifact server, which cannot be ``doing``."""
+    if isinstance(store, NativeStore):
+        return store
+    raise UsageError(f"{store.url} is an artifact server, which cannot be {doing}: only stores of artifactfs's own can")
 
 
 def now() -> str:

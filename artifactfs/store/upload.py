@@ -24,8 +24,8 @@ import msgspec
 from blake3 import blake3
 
 from artifactfs.content import Fingerprint
-from artifactfs.errors import InvalidNameError
-from artifactfs.model import BLAKE3, Dir, Entry, File, Page, Ref, Symlink, Version, named
+from artifactfs.errors import InvalidNameError, UsageError
+from artifactfs.model import BLAKE3, Dir, Entry, File, Page, Ref, Remote, Symlink, Version, named
 from artifactfs.names import check_part
 from artifactfs.pack import PackWriter
 from artifactfs.store.arrived import Arrived
@@ -179,6 +179,8 @@ class Upload:
     def _entry(self, token: _Token, level: _Level) -> Entry | None:
         """The entry that a change comes to; its name is not yet right."""
         change = token.change
+        if isinstance(change, Remote):
+            raise UsageError(f"{token.name!r} is on an artifact server; copy the version it is of into this store first")
         if isinstance(change, (File, Dir, Symlink, Ref)):
             return check_entry(named(change, token.name))
         if isinstance(change, NewRef):

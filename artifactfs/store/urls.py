@@ -1,7 +1,8 @@
 """``open_store(url)``: the store a URL names.
 
 A path or ``file:///path``; ``s3://bucket/prefix``, ``gs://bucket/prefix`` or ``az://container/prefix``, with options behind a
-``?`` (``endpoint_url``, ``region``, ``profile``, ``sse``, ``sse_kms_key_id``; ``account``). No secret is ever part of a URL.
+``?`` (``endpoint_url``, ``region``, ``profile``, ``sse``, ``sse_kms_key_id``; ``account``); ``wandb://host[:port]`` or
+``comet://host[:port]``. No secret is ever part of a URL.
 """
 
 from __future__ import annotations
@@ -14,17 +15,27 @@ from artifactfs.errors import UsageError
 from artifactfs.model import scheme_of
 from artifactfs.objects import ObjectStore
 from artifactfs.objects.local import LocalObjects
+from artifactfs.store import Store
 from artifactfs.store.native import NativeStore
 
 BUCKETS = ("s3", "gs", "az")
+SERVERS = ("wandb", "comet")
 
 
-def open_store(url: str, cache: BlockCache | None = None, offline: bool = False) -> NativeStore:
+def open_store(url: str, cache: BlockCache | None = None, offline: bool = False) -> Store:
     """The store at ``url``, created at the first commit if it is not there. Of one that is not a local directory, pages and
     records are kept in ``cache``, and with ``offline`` come from there alone.
 
     StoreFormatError for another format or a newer version, UsageError for a URL that cannot be right.
     """
+    if scheme_of(url) == "wandb":
+        from artifactfs.store.wandb import open_wandb  # requests and ijson cost 0.2 s: only for those whose store is a server
+
+        return open_wandb(url, cache, offline)
+    if scheme_of(url) == "comet":
+        from artifactfs.store.comet.store import open_comet  # requests costs 0.2 s, as above
+
+        return open_comet(url, cache, offline)
     return NativeStore(open_objects(url), cache, offline)
 
 
@@ -40,9 +51,9 @@ def open_objects(url: str) -> ObjectStore:
         if parts.netloc not in ("", "localhost") or not path.startswith("/"):
             raise UsageError(f"store {url!r} is not a local file URL; write file:///absolute/path")
     elif "://" in url:
-        known = ", ".join(f"{name}://" for name in BUCKETS)
+        known, servers = (", ".join(f"{name}://" for name in names) for names in (BUCKETS, SERVERS))
         raise UsageError(
-            f"store {_shown(url)!r} has the scheme {scheme!r}, which is not known; use a path, file:///path, {known}"
+            f"store {_shown(url)!r} has the scheme {scheme!r}, which is not known; use a path, file:///path, {known}, {servers}"
         )
     if not path:
         raise UsageError("the store's path is empty; set ARTIFACTFS_STORE or --store to a path")

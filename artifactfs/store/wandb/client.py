@@ -1,0 +1,169 @@
+"""One W&B server: its URL, the caller's key, GraphQL.
+
+The key is looked up anew for each request (``WANDB_API_KEY``, then netrc, whose machine is the host with its port), so that one
+that was renewed counts at once. It goes to the server's own URLs only, never into a message.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import netrc
+import os
+import re
+import urllib.parse
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from artifactfs import http
+from artifactfs.attempts import DEADLINE
+from artifactfs.errors import ArtifactFSError, CommError, NetworkError, NotFoundError, NotPermittedError, UsageError
+from artifactfs.waiting import about_to_wait
+
+_MOST = 256 << 20
+"""Bytes of an answer: the URLs of 5,000 files have ten megabytes."""
+_PAGES = 100_000
+_LOOPBACK = re.compile(r"localhost|127(\.[0-9]+){3}|\[?::1\]?", re.IGNORECASE)
+_REFUSED = re.compile(r"permission denied|not authorized|unauthorized|forbidden|access denied|not permitted", re.IGNORECASE)
+_MISSING = re.compile(r"not found|does not exist|no such", re.IGNORECASE)
+
+Node = dict[str, Any]
+"""A JSON object of an answer."""
+
+
+def base_url(url: str) -> str:
+    """The base URL of the server that ``url``, ``wandb://[host[:port]]``, means: plain HTTP on this machine, TLS elsewhere, or
+    what ``WANDB_BASE_URL`` says of that host. UsageError for a URL that cannot be right."""
+    given = os.environ.get("WANDB_BASE_URL", "").strip().rstrip("/")
+    try:
+        parts, known = urllib.parse.urlsplit(url), urllib.parse.urlsplit(given)
+        host, user, port = parts.hostname, parts.username, parts.port
+        known_host = known.hostname
+    except ValueError:
+        raise UsageError("the store's URL is not valid; write wandb://host[:port]") from None
+    if user is not None or known.username is not None:
+        raise UsageError("a W&B server's URL has no user or key in it; set WANDB_API_KEY, or put the key into ~/.netrc")
+    if parts.query or parts.fragment or parts.path not in ("", "/"):
+        raise UsageError(f"store wandb://{parts.netloc} takes no path and no options; write wandb://host[:port]")
+    if known.scheme in ("http", "https") and known_host and parts.netloc in ("", known.netloc):
+        return given
+    if not host:
+        raise UsageError("store wandb:// names no server; write wandb://host[:port], or set WANDB_BASE_URL")
+    if port == 0:
+        raise UsageError(f"store {url} has a port that cannot be")
+    return f"{'http' if _LOOPBACK.fullmatch(host) else 'https'}://{parts.netloc}"
+
+
+def api_key(netloc: str) -> str:
+    """The caller's key for the server; "" if there is none."""
+    key = os.environ.get("WANDB_API_KEY", "").strip()
+    if key:
+        return key
+    named = os.environ.get("NETRC")
+    for path in [Path(named)] if named else [Path.home() / ".netrc", Path.home() / "_netrc"]:
+        with contextlib.suppress(OSError, netrc.NetrcParseError, UnicodeDecodeError):
+            found = netrc.netrc(str(path)).hosts.get(netloc)
+            if found is not None:
+                return found[2] or ""
+    return ""
+
+
+class Client:
+    """Talks to the server at ``base``. ``deadline``: seconds within which each answer must come, all attempts together. Threads
+    may share one."""
+
+    def __init__(self, base: str, deadline: float = DEADLINE) -> None:
+        self.base = base
+        self.deadline = deadline
+        parts = urllib.parse.urlsplit(base)
+        self.netloc = parts.netloc
+        self._origin = (parts.scheme, parts.netloc)
+
+    def headers(self, url: str) -> dict[str, str]:
+        """What to send with a request for ``url``: the key, where that is the server's own and not signed."""
+        parts = urllib.parse.urlsplit(url)
+        sent = dict(http.OWN_CREDENTIALS)
+        if (parts.scheme, parts.netloc) == self._origin and not is_signed(url):
+            key = api_key(self.netloc)
+            if not key:
+                raise NotPermittedError(
+                    f"there is no API key for {self.netloc}; set WANDB_API_KEY, or `machine {self.netloc}` in ~/.netrc"
+                )
+            sent["Authorization"] = "Basic " + base64.b64encode(f"api:{key}".encode()).decode()
+            with contextlib.suppress(ValueError, AttributeError):
+                sent.update({str(k): str(v) for k, v in json.loads(os.environ.get("WANDB_X_EXTRA_HTTP_HEADERS", "")).items()})
+        return sent
+
+    def ask(self, document: str, /, **variables: object) -> Node:
+        """The ``data`` of the answer to a query or mutation.
+
+        NotPermittedError for a key that is not taken, NotFoundError and CommError with the server's words for what it refuses,
+        NetworkError once the retries are used up.
+        """
+        match = re.search(r"(?:query|mutation)\s+(\w+)", document)
+        name = match[1] if match else ""
+        url = f"{self.base}/graphql"
+        body = json.dumps({"query": document, "variables": variables, "operationName": name}).encode()
+        headers = {**self.headers(url), "Content-Type": "application/json"}
+        about_to_wait()
+        answer = http.exchange("POST", url, headers, lambda: body, self.deadline, _MOST)
+        if answer.status in (401, 403):
+            raise NotPermittedError(
+                f"{self.netloc} does not accept your API key ({answer.status}); check WANDB_API_KEY or ~/.netrc"
+            )
+        try:
+            found = msgspec.json.decode(answer.body)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            found = None
+        if not isinstance(found, dict):
+            raise NetworkError(f"{self.netloc} answers {name} with {answer.status} and no JSON; is it a W&B server?")
+        errors = found.get("errors")
+        if errors or answer.status != 200:
+            raise _refusal(self.netloc, name, errors, answer.status)
+        data = found.get("data")
+        if not isinstance(data, dict):
+            raise CommError(f"{self.netloc} answers {name} without data")
+        return data
+
+    def pages(self, document: str, find: Callable[[Node], Any], /, **variables: object) -> Iterator[Node]:
+        """The edges of a connection that ``find`` gets from each page's data, page by page; none where it finds none."""
+        cursor: object = None
+        for _ in range(_PAGES):
+            connection = find(self.ask(document, cursor=cursor, **variables))
+            if not isinstance(connection, dict):
+                return
+            yield from (edge for edge in connection.get("edges") or () if isinstance(edge, dict))
+            info = connection.get("pageInfo") or {}
+            last, cursor = cursor, info.get("endCursor")
+            if not info.get("hasNextPage") or not cursor or cursor == last:
+                return
+        raise CommError(f"{self.netloc} has no end of pages")
+
+
+def is_signed(url: str) -> bool:
+    """Whether credentials are in the URL itself."""
+    query = urllib.parse.urlsplit(url).query.lower()
+    return any(name.partition("=")[0].rpartition("-")[2] in ("signature", "sig", "sign", "token") for name in query.split("&"))
+
+
+def dig(data: object, *path: str) -> Any:
+    """What is at ``path`` in nested objects; None where one is missing or none."""
+    for part in path:
+        if not isinstance(data, dict):
+            return None
+        data = data.get(part)
+    return data
+
+
+def _refusal(netloc: str, name: str, errors: object, status: int) -> ArtifactFSError:
+    texts = [str(dig(error, "message") or "") for error in errors] if isinstance(errors, list) else []
+    text = "; ".join(text for text in texts if text)[:500] or f"status {status}"
+    text = "".join(char if char.isprintable() else " " for char in text)
+    message = f"{netloc} refuses {name}: {text}"
+    if _REFUSED.search(text):
+        return NotPermittedError(message)
+    return NotFoundError(message) if _MISSING.search(text) else CommError(message)

@@ -1,0 +1,641 @@
+"""A small server that speaks W&B's artifact protocol, for the tests of the ``wandb://`` store. Its habits are its own.
+
+It knows nothing of artifactfs: GraphQL documents are parsed by graphql-core and their selections executed over plain values, so
+that any document of the protocol works. Contents are on a second port, behind signed URLs that end; ids look like nothing; pages
+may be shorter than asked for; ``artifactsV2`` answers 302.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import json
+import re
+import secrets
+import threading
+import time
+import urllib.parse
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from graphql import FieldNode, FragmentSpreadNode, InlineFragmentNode, OperationDefinitionNode, parse
+from graphql.utilities import value_from_ast_untyped
+
+KEY = "k" * 40
+TIME = "2026-11-20T10:11:12Z"
+
+Value = Any
+
+
+def b64md5(data: bytes) -> str:
+    return base64.b64encode(hashlib.md5(data).digest()).decode()
+
+
+class Refused(Exception):
+    pass
+
+
+class Artifact:
+    def __init__(self, id: str, kind: str, entity: str, project: str, collection: str, given: dict[str, Value]) -> None:
+        self.id, self.kind = id, kind
+        self.entity, self.project, self.collection = entity, project, collection
+        self.given = given
+        self.state = "PENDING"
+        self.index: int | None = None
+        self.manifest: bytes = b""
+        self.digest = given.get("digest") or ""
+        self.description = given.get("description")
+        self.metadata = given.get("metadata")
+        self.tags = {tag["tagName"] for tag in given.get("tags") or ()}
+        self.ttl = given.get("ttlDurationSeconds")
+        self.run = given.get("runName")
+        self.used: list[tuple[str, str, str]] = []
+
+    @property
+    def contents(self) -> dict[str, Value]:
+        try:
+            found = json.loads(self.manifest)["contents"]
+        except (ValueError, KeyError, RecursionError):
+            found = None
+        return found if isinstance(found, dict) else {}
+
+
+class Collection:
+    def __init__(self, id: str, entity: str, project: str, name: str, kind: str, portfolio: bool) -> None:
+        self.id, self.entity, self.project, self.name, self.kind, self.portfolio = id, entity, project, name, kind, portfolio
+        self.description: str | None = None
+        self.tags: set[str] = set()
+        self.members: dict[int, str] = {}
+        self.aliases: dict[str, int] = {}
+        self.next = 0
+
+
+class WandbServer:
+    """Start it with :meth:`start`; ``url`` is its ``wandb://`` URL. Every knob may be turned while it runs."""
+
+    def __init__(self) -> None:
+        self.keys = {KEY}
+        self.page = 3  # entries of a page at most, whatever was asked for
+        self.life = 60.0  # seconds of a signed URL
+        self.secret = secrets.token_bytes(16)
+        self.etags = True
+        self.sign = True  # False: no signed URLs at all
+        self.blobs: dict[str, bytes] = {}  # by storage path
+        self.artifacts: dict[str, Artifact] = {}
+        self.collections: dict[tuple[str, str, str], Collection] = {}
+        self.asked: list[str] = []  # names of operations
+        self.log: list[tuple[str, str, dict[str, str]]] = []  # (method, URL, headers) of both ports
+        self.fail: Callable[[str, str], tuple[int, dict[str, str]] | None] = lambda method, path: None
+        self.cut: Callable[[str, bytes], bytes] = lambda path, body: body  # what really is sent of an answer
+        self.lock = threading.RLock()
+        self._servers: list[ThreadingHTTPServer] = []
+
+    def start(self) -> WandbServer:
+        for handler in (_Api, _Storage):
+            server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+            server.daemon_threads = True
+            server.owner = self  # type: ignore[attr-defined]
+            threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+            self._servers.append(server)
+        self.base = f"http://127.0.0.1:{self._servers[0].server_address[1]}"
+        self.storage = f"http://127.0.0.1:{self._servers[1].server_address[1]}"
+        self.url = self.base.replace("http://", "wandb://")
+        return self
+
+    def stop(self) -> None:
+        for server in self._servers:
+            server.shutdown()
+            server.server_close()
+
+    # Making versions without a client
+
+    def log_version(
+        self, path: str, files: dict[str, bytes], *, kind: str = "dataset", manifest: Value = None, aliases: tuple[str, ...] = ()
+    ) -> Artifact:
+        """Make a version of ``entity/project/collection``; ``manifest`` may change or replace the manifest."""
+        entity, project, name = path.split("/")
+        artifact = self._new(entity, project, name, kind, {})
+        contents = {}
+        for file, data in files.items():
+            md5 = b64md5(data)
+            self.blobs[f"{artifact.id}/{md5.replace('/', '_')}"] = data
+            contents[file] = {"digest": md5, "size": len(data), "birthArtifactID": artifact.id, "local_path": "/etc/passwd"}
+        whole = {
+            "version": 1,
+            "storagePolicy": "wandb-storage-policy-v1",
+            "storagePolicyConfig": {"storageLayout": "V2"},
+            "contents": contents,
+        }
+        if callable(manifest):
+            manifest(whole)
+        artifact.manifest = manifest if isinstance(manifest, bytes) else json.dumps(whole).encode()
+        artifact.given["aliases"] = [{"alias": alias, "artifactCollectionName": name} for alias in aliases]
+        self.commit(artifact)
+        return artifact
+
+    def _new(self, entity: str, project: str, name: str, kind: str, given: dict[str, Value]) -> Artifact:
+        id = base64.b64encode(f"art!{len(self.artifacts)}+{secrets.token_hex(3)}".encode()).decode()
+        artifact = self.artifacts[id] = Artifact(id, kind, entity, project, name, given)
+        return artifact
+
+    def commit(self, artifact: Artifact) -> None:
+        key = (artifact.entity, artifact.project, artifact.collection)
+        home = self.collections.get(key)
+        if home is None:
+            home = self.collections[key] = Collection(_id("c", *key), *key, artifact.kind, False)
+        if artifact.state == "COMMITTED":
+            return
+        artifact.state, artifact.index = "COMMITTED", home.next
+        home.members[home.next] = artifact.id
+        for alias in {"latest", *(given["alias"] for given in artifact.given.get("aliases") or ())}:
+            home.aliases[alias] = home.next
+        home.next += 1
+
+    # Signed URLs
+
+    def signed(self, place: str, method: str = "GET") -> str:
+        until = f"{time.time() + self.life:.3f}"
+        sign = hmac.new(self.secret, f"{method} {place} {until}".encode(), "sha256").hexdigest()
+        date = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+        query = {"X-Amz-Date": date, "X-Amz-Expires": str(max(int(self.life), 1)), "until": until, "X-Amz-Signature": sign}
+        return f"{self.storage}/{urllib.parse.quote(place)}?{urllib.parse.urlencode(query)}"
+
+    def is_signed(self, method: str, place: str, query: dict[str, str]) -> bool:
+        text = f"{method} {place} {query.get('until')}"
+        good = hmac.new(self.secret, text.encode(), "sha256").hexdigest()
+        return query.get("X-Amz-Signature") == good and time.time() < float(query["until"])
+
+    def place_of(self, artifact: Artifact, entry: dict[str, Value]) -> str:
+        return f"{entry.get('birthArtifactID') or artifact.id}/{entry['digest'].replace('/', '_')}"
+
+    # GraphQL
+
+    def execute(self, document: str, variables: dict[str, Value]) -> Value:
+        tree = parse(document)
+        fragments = {node.name.value: node for node in tree.definitions if not isinstance(node, OperationDefinitionNode)}  # type: ignore[attr-defined]
+        (operation,) = (node for node in tree.definitions if isinstance(node, OperationDefinitionNode))
+        self.asked.append(operation.name.value if operation.name else "")
+        given = {
+            item.variable.name.value: value_from_ast_untyped(item.default_value)
+            for item in operation.variable_definitions or ()
+            if item.default_value
+        }
+        with self.lock:
+            return self._select(self._root(), operation.selection_set, fragments, {**given, **variables})
+
+    def _select(self, value: Value, selections: Value, fragments: dict[str, Value], variables: dict[str, Value]) -> Value:
+        if callable(value):
+            value = value({})
+        if value is None or selections is None:
+            return value
+        if isinstance(value, list):
+            return [self._select(item, selections, fragments, variables) for item in value]
+        found: dict[str, Value] = {}
+        for node in selections.selections:
+            if not _included(node, variables):
+                continue
+            if isinstance(node, FragmentSpreadNode):
+                found.update(self._select(value, fragments[node.name.value].selection_set, fragments, variables))
+            elif isinstance(node, InlineFragmentNode):
+                kind = node.type_condition.name.value if node.type_condition else None
+                if kind in (None, value.get("__typename")) or (kind == "ArtifactCollection"):
+                    found.update(self._select(value, node.selection_set, fragments, variables))
+            elif isinstance(node, FieldNode):
+                item = value.get(node.name.value)
+                if callable(item):
+                    item = item({arg.name.value: value_from_ast_untyped(arg.value, variables) for arg in node.arguments or ()})
+                key = node.alias.value if node.alias else node.name.value
+                found[key] = self._select(item, node.selection_set, fragments, variables)
+        return found
+
+    def _root(self) -> dict[str, Value]:
+        mutations = {name.removeprefix("do_"): getattr(self, name) for name in dir(self) if name.startswith("do_")}
+        return {
+            "viewer": {"id": "u", "entity": "ann", "username": "ann", "teams": _page([{"name": "team"}], {}, self.page)},
+            "models": lambda args: _page(
+                [{"name": name} for name in sorted({key[1] for key in self.collections if key[0] == args["entityName"]})],
+                args,
+                self.page,
+            ),
+            "project": lambda args: self._project(args["entityName"], args["name"]),
+            "artifact": lambda args: self._artifact(self.artifacts.get(args["id"])),
+            "entity": lambda args: {"organization": None, "user": {"organizations": []}},
+            "clientIDMapping": lambda args: next(
+                ({"serverID": it.id} for it in self.artifacts.values() if it.given.get("clientID") == args["clientID"]), None
+            ),
+            **{name: (lambda args, do=do: do(args.get("input", {}))) for name, do in mutations.items()},
+        }
+
+    def _project(self, entity: str, project: str) -> Value:
+        mine = [it for key, it in sorted(self.collections.items()) if key[:2] == (entity, project)]
+        if not mine:
+            return None
+        kinds = sorted({it.kind for it in mine})
+
+        def of_type(kind: str) -> Value:
+            those = [it for it in mine if it.kind == kind]
+            return {
+                "id": _id("t", kind),
+                "name": kind,
+                "artifactCollections": lambda args: _page([self._collection(it) for it in those], args, self.page),
+                "artifactCollection": lambda args: next((self._collection(it) for it in those if it.name == args["name"]), None),
+            }
+
+        return {
+            **_project_info(entity, project),
+            "artifactTypes": lambda args: _page([of_type(kind) for kind in kinds], args, self.page),
+            "artifactType": lambda args: of_type(args["name"]) if args["name"] in kinds else None,
+            "artifactCollection": lambda args: next((self._collection(it) for it in mine if it.name == args["name"]), None),
+            "artifactCollectionMembership": lambda args: self._membership_by_name(mine, args["name"]),
+            "run": lambda args: self._run(entity, project, args["name"]),
+        }
+
+    def _membership_by_name(self, mine: list[Collection], name: str) -> Value:
+        name, _, alias = name.partition(":")
+        home = next((it for it in mine if it.name == name), None)
+        return self._membership(home, alias or "latest") if home is not None else None
+
+    def _membership(self, home: Collection, alias: str) -> Value:
+        number = int(alias[1:]) if re.fullmatch("v[0-9]+", alias) else home.aliases.get(alias)
+        if number is None or number not in home.members:
+            return None
+        artifact = self.artifacts[home.members[number]]
+        return {
+            "__typename": "ArtifactCollectionMembership",
+            "id": _id("m", home.id, number),
+            "versionIndex": number,
+            "createdAt": TIME,
+            "aliases": [{"id": _id("a", it), "alias": it} for it, at in home.aliases.items() if at == number],
+            "artifactCollection": self._collection(home),
+            "artifact": lambda args: self._artifact(artifact),
+            "files": lambda args: self._files(artifact, args),
+        }
+
+    def _files(self, artifact: Artifact, args: dict[str, Value]) -> Value:
+        names = args.get("names")
+        items = [(path, entry) for path, entry in artifact.contents.items() if not names or path in names]
+        nodes = []
+        for path, entry in items:
+            url = entry.get("ref") or (self.signed(self.place_of(artifact, entry)) if self.sign else None)
+            nodes.append(
+                {"__typename": "File", "id": _id("f", path), "name": path, "displayName": path, "directUrl": url, "url": url}
+            )
+        return _page(nodes, args, self.page)
+
+    def _collection(self, home: Collection) -> dict[str, Value]:
+        return {
+            "__typename": "ArtifactPortfolio" if home.portfolio else "ArtifactSequence",
+            "id": home.id,
+            "name": home.name,
+            "description": home.description,
+            "createdAt": TIME,
+            "project": _project_info(home.entity, home.project),
+            "defaultArtifactType": {"name": home.kind},
+            "tags": lambda args: _page([{"id": _id("g", tag), "name": tag} for tag in sorted(home.tags)], args, 100),
+            "artifactMembership": lambda args: self._membership(home, args["aliasName"]),
+            "artifacts": lambda args: _page(
+                [
+                    (self._artifact(self.artifacts[id]), {"version": f"v{n}"})
+                    for n, id in sorted(home.members.items(), reverse=True)
+                ],
+                args,
+                self.page,
+            ),
+        }
+
+    def _artifact(self, it: Artifact | None) -> Value:
+        if it is None:
+            return None
+        home = self.collections.get((it.entity, it.project, it.collection))
+        places = [(c, n) for c in self.collections.values() for n, id in c.members.items() if id == it.id]
+        return {
+            "__typename": "Artifact",
+            "id": it.id,
+            "artifactSequence": self._collection(home) if home else None,
+            "versionIndex": it.index,
+            "artifactType": {"name": it.kind},
+            "description": it.description,
+            "metadata": it.metadata,
+            "ttlDurationSeconds": it.ttl,
+            "ttlIsInherited": it.ttl in (None, -1),
+            "tags": [{"id": _id("g", tag), "name": tag} for tag in sorted(it.tags)],
+            "state": it.state,
+            "size": "1234567",
+            "digest": it.digest,
+            "fileCount": None,
+            "createdAt": TIME,
+            "aliases": [
+                {"id": _id("a", alias), "alias": alias, "artifactCollection": self._collection(c)}
+                for c, n in places
+                for alias, at in c.aliases.items()
+                if at == n
+            ],
+            "currentManifest": {"file": {"directUrl": self.signed(f"manifest/{it.id}")}},
+            "artifactMemberships": {
+                "edges": [
+                    {"node": {"versionIndex": n, "createdAt": TIME, "artifactCollection": self._collection(c)}} for c, n in places
+                ]
+            },
+            "createdBy": self._run(it.entity, it.project, it.run) if it.run else None,
+            "usedBy": {"edges": [{"node": self._run(*run)} for run in it.used]},
+        }
+
+    def _run(self, entity: str, project: str, id: str) -> Value:
+        made = [it for it in self.artifacts.values() if (it.entity, it.project, it.run) == (entity, project, id)]
+        used = [it for it in self.artifacts.values() if (entity, project, id) in it.used]
+        return {
+            "__typename": "Run",
+            "id": _id("r", id),
+            "name": id,
+            "project": _project_info(entity, project),
+            "outputArtifacts": lambda args: _page([self._artifact(it) for it in made], args, self.page),
+            "inputArtifacts": lambda args: _page([self._artifact(it) for it in used], args, self.page),
+        }
+
+    # Mutations
+
+    def do_createArtifact(self, given: dict[str, Value]) -> Value:
+        key = (given["entityName"], given["projectName"], given["artifactCollectionName"])
+        home = self.collections.get(key)
+        if home is not None and home.kind != given["artifactTypeName"]:
+            raise Refused("the collection has another type")
+        if home is not None and given.get("enableDigestDeduplication"):
+            for number, id in home.members.items():
+                if self.artifacts[id].digest == given["digest"]:
+                    home.aliases.update({alias["alias"]: number for alias in given["aliases"]})
+                    return {"artifact": {"id": id, "state": "COMMITTED", "artifactSequence": {"latestArtifact": None}}}
+        known = next((it for it in self.artifacts.values() if it.given.get("clientID") == given["clientID"]), None)
+        artifact = known or self._new(*key, given["artifactTypeName"], given)
+        return {"artifact": {"id": artifact.id, "state": artifact.state, "artifactSequence": {"latestArtifact": None}}}
+
+    def do_createArtifactManifest(self, given: dict[str, Value]) -> Value:
+        place = f"manifest/{given['artifactID']}"
+        file = {
+            "id": _id("mf", place),
+            "uploadUrl": self.signed(place, "PUT"),
+            "uploadHeaders": ["Content-MD5:" + given["digest"]],
+        }
+        return {"artifactManifest": {"id": _id("man", given["artifactID"]), "file": file}}
+
+    def do_createArtifactFiles(self, given: dict[str, Value]) -> Value:
+        edges = []
+        for spec in given["artifactFiles"]:
+            name = spec["md5"].replace("/", "_")
+            known = next((place for place in self.blobs if place.endswith("/" + name)), None)
+            place = known or f"{spec['artifactID']}/{name}"
+            node = {
+                "storagePath": place,
+                "uploadUrl": None if known else self.signed(place, "PUT"),
+                "uploadHeaders": [f"Content-MD5:{spec['md5']}", "Content-Type:application/x-test"],
+                "artifact": {"id": place.partition("/")[0]},
+            }
+            if spec.get("uploadPartsInput") and not known:
+                urls = [
+                    {"partNumber": p["partNumber"], "uploadUrl": self.signed(f"{place}.{p['partNumber']}", "PUT")}
+                    for p in spec["uploadPartsInput"]
+                ]
+                node["uploadMultipartUrls"] = {"uploadID": "up", "uploadUrlParts": urls}
+            edges.append({"node": node})
+        return {"files": {"edges": edges}}
+
+    def do_completeMultipartUploadArtifact(self, given: dict[str, Value]) -> Value:
+        place = given["storagePath"]
+        self.blobs[place] = b"".join(self.blobs.pop(f"{place}.{part['partNumber']}") for part in given["completedParts"])
+        return {"digest": b64md5(self.blobs[place])}
+
+    def do_commitArtifact(self, given: dict[str, Value]) -> Value:
+        artifact = self.artifacts[given["artifactID"]]
+        for entry in artifact.contents.values():
+            if "ref" not in entry and self.place_of(artifact, entry) not in self.blobs:
+                raise Refused("the manifest lists what was not uploaded")
+        self.commit(artifact)
+        return {"artifact": {"id": artifact.id, "digest": artifact.digest}}
+
+    def _home(self, given: dict[str, Value]) -> Collection:
+        return self.collections[given["entityName"], given["projectName"], given["artifactCollectionName"]]
+
+    def do_addAliases(self, given: dict[str, Value]) -> Value:
+        for alias in given["aliases"]:
+            home = self._home(alias)
+            (number,) = (n for n, id in home.members.items() if id == given["artifactID"])
+            home.aliases[alias["alias"]] = number
+        return {"success": True}
+
+    def do_deleteAliases(self, given: dict[str, Value]) -> Value:
+        for alias in given["aliases"]:
+            self._home(alias).aliases.pop(alias["alias"], None)
+        return {"success": True}
+
+    def do_updateArtifact(self, given: dict[str, Value]) -> Value:
+        artifact = self.artifacts[given["artifactID"]]
+        artifact.description = given.get("description", artifact.description)
+        artifact.metadata = given.get("metadata", artifact.metadata)
+        artifact.ttl = given.get("ttlDurationSeconds", artifact.ttl)
+        artifact.tags |= {tag["tagName"] for tag in given.get("tagsToAdd") or ()}
+        artifact.tags -= {tag["tagName"] for tag in given.get("tagsToDelete") or ()}
+        return {"artifact": self._artifact(artifact)}
+
+    def do_linkArtifact(self, given: dict[str, Value]) -> Value:
+        key = (given["entityName"], given["projectName"], given["artifactPortfolioName"])
+        artifact = self.artifacts[given["artifactID"]]
+        home = self.collections.setdefault(key, Collection(_id("p", *key), *key, artifact.kind, True))
+        if not home.portfolio:
+            raise Refused("that is a sequence")
+        number = next((n for n, id in home.members.items() if id == artifact.id), None)
+        if number is None:
+            number, home.next = home.next, home.next + 1
+            home.members[number] = artifact.id
+        home.aliases.update({"latest": number, **{alias["alias"]: number for alias in given["aliases"]}})
+        return {"versionIndex": number}
+
+    def do_unlinkArtifact(self, given: dict[str, Value]) -> Value:
+        (home,) = (it for it in self.collections.values() if it.id == given["artifactPortfolioID"])
+        (number,) = (n for n, id in home.members.items() if id == given["artifactID"])
+        self._forget(home, number)
+        return {"success": True}
+
+    def _forget(self, home: Collection, number: int) -> None:
+        del home.members[number]
+        home.aliases = {alias: at for alias, at in home.aliases.items() if at != number}
+        if home.members:
+            home.aliases.setdefault("latest", max(home.members))
+
+    def do_deleteArtifact(self, given: dict[str, Value]) -> Value:
+        artifact = self.artifacts[given["artifactID"]]
+        artifact.state = "DELETED"
+        for home in self.collections.values():
+            for number in [n for n, id in home.members.items() if id == artifact.id]:
+                self._forget(home, number)
+        return {"artifact": {"id": artifact.id}}
+
+    def do_useArtifact(self, given: dict[str, Value]) -> Value:
+        artifact = self.artifacts[given["artifactID"]]
+        artifact.used.append((given["entityName"], given["projectName"], given["runName"]))
+        return {"artifact": self._artifact(artifact)}
+
+    def do_updateArtifactSequence(self, given: dict[str, Value]) -> Value:
+        id = given.get("artifactSequenceID") or given["artifactPortfolioID"]
+        (home,) = (it for it in self.collections.values() if it.id == id)
+        home.description = given["description"]
+        return {"artifactCollection": self._collection(home)}
+
+    do_updateArtifactPortfolio = do_updateArtifactSequence
+
+    def do_createArtifactCollectionTagAssignments(self, given: dict[str, Value]) -> Value:
+        self._home(given).tags |= {tag["tagName"] for tag in given["tags"]}
+        return {"tags": []}
+
+    def do_deleteArtifactCollectionTagAssignments(self, given: dict[str, Value]) -> Value:
+        self._home(given).tags -= {tag["tagName"] for tag in given["tags"]}
+        return {"success": True}
+
+    def do_deleteArtifactSequence(self, given: dict[str, Value]) -> Value:
+        id = given.get("artifactSequenceID") or given["artifactPortfolioID"]
+        self.collections = {key: it for key, it in self.collections.items() if it.id != id}
+        return {"artifactCollection": {"state": "DELETED"}}
+
+    do_deleteArtifactPortfolio = do_deleteArtifactSequence
+
+
+def _id(*parts: object) -> str:
+    return base64.b64encode("~".join(map(str, parts)).encode()).decode()
+
+
+def _project_info(entity: str, project: str) -> dict[str, Value]:
+    return {"id": _id(entity, project), "name": project, "entity": {"name": entity}}
+
+
+def _page(nodes: list[Value], args: dict[str, Value], most: int) -> dict[str, Value]:
+    start = int(args.get("after") or 0)
+    end = start + min(args.get("first") or most, most)
+    pairs = [node if isinstance(node, tuple) else (node, {}) for node in nodes[start:end]]
+    info = {"endCursor": str(end), "hasNextPage": end < len(nodes)}
+    return {"totalCount": len(nodes), "pageInfo": info, "edges": [{"node": node, "cursor": "x", **edge} for node, edge in pairs]}
+
+
+def _included(node: Value, variables: dict[str, Value]) -> bool:
+    for directive in node.directives or ():
+        (arg,) = directive.arguments
+        wanted = directive.name.value == "include"
+        if directive.name.value in ("include", "skip") and bool(value_from_ast_untyped(arg.value, variables)) != wanted:
+            return False
+    return True
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    @property
+    def owner(self) -> WandbServer:
+        return self.server.owner  # type: ignore[attr-defined, no-any-return]
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def begin(self) -> bool:
+        """Note the request; False if it was answered with a fault already."""
+        length = int(self.headers.get("Content-Length") or 0)
+        self.body = self.rfile.read(length)
+        self.owner.log.append((self.command, self.path, dict(self.headers)))
+        fault = self.owner.fail(self.command, self.path)
+        if fault is not None:
+            self.answer(fault[0], b"no", fault[1])
+        return fault is None
+
+    def answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        sent = self.owner.cut(self.path, body)
+        self.wfile.write(sent)
+        if len(sent) < len(body):
+            self.close_connection = True
+
+    def authorized(self) -> bool:
+        given = self.headers.get("Authorization", "")
+        return any(given == "Basic " + base64.b64encode(f"api:{key}".encode()).decode() for key in self.owner.keys)
+
+
+class _Api(_Handler):
+    def do_POST(self) -> None:
+        if not self.begin():
+            return
+        if not self.authorized():
+            self.answer(401, b"{}")
+            return
+        asked = json.loads(self.body)
+        try:
+            answer: Value = {"data": self.owner.execute(asked["query"], asked.get("variables") or {})}
+        except Refused as error:
+            answer = {"data": None, "errors": [{"message": str(error)}]}
+        self.answer(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
+
+    def do_GET(self) -> None:
+        if not self.begin():
+            return
+        parts = [urllib.parse.unquote(part) for part in urllib.parse.urlsplit(self.path).path.split("/")[1:]]
+        if not self.authorized() or parts[0] != "artifactsV2" or len(parts) != 9:
+            self.answer(401 if not self.authorized() else 404, b"")
+            return
+        md5 = base64.b64encode(bytes.fromhex(parts[7])).decode().replace("/", "_")
+        self.answer(302, b"", {"Location": self.owner.signed(f"{parts[6]}/{md5}")})
+
+
+class _Storage(_Handler):
+    def place(self) -> str | None:
+        parts = urllib.parse.urlsplit(self.path)
+        place = urllib.parse.unquote(parts.path[1:])
+        signed = self.owner.is_signed(self.command, place, dict(urllib.parse.parse_qsl(parts.query)))
+        if not signed or "Authorization" in self.headers:
+            self.answer(403, b"<Error>expired</Error>")
+            return None
+        return place
+
+    def do_PUT(self) -> None:
+        place = self.place() if self.begin() else None
+        if place is None:
+            return
+        if self.headers.get("Content-MD5", b64md5(self.body)) != b64md5(self.body):
+            self.answer(400, b"bad digest")
+            return
+        if place.startswith("manifest/"):
+            self.owner.artifacts[place.removeprefix("manifest/")].manifest = self.body
+        else:
+            self.owner.blobs[place] = self.body
+        self.answer(200, b"", {"ETag": f'"{hashlib.md5(self.body).hexdigest()}"'})
+
+    def do_GET(self) -> None:
+        place = self.place() if self.begin() else None
+        if place is None:
+            return
+        if place.startswith("manifest/"):
+            data: bytes | None = self.owner.artifacts[place.removeprefix("manifest/")].manifest
+        else:
+            data = self.owner.blobs.get(place)
+        if data is None:
+            self.answer(404, b"")
+            return
+        etag = f'"{hashlib.sha1(data).hexdigest()}"'
+        headers = {"ETag": etag} if self.owner.etags else {}
+        if self.headers.get("If-Match", etag) != etag:
+            self.answer(412, b"")
+            return
+        match = re.fullmatch(r"bytes=([0-9]+)-([0-9]*)", self.headers.get("Range", ""))
+        if match and data:
+            start, end = int(match[1]), min(int(match[2] or len(data)), len(data) - 1)
+            self.answer(206, data[start : end + 1], {**headers, "Content-Range": f"bytes {start}-{end}/{len(data)}"})
+        else:
+            self.answer(200, data, headers)
+
+
+def running() -> Iterator[WandbServer]:
+    """For a fixture."""
+    server = WandbServer().start()
+    try:
+        yield server
+    finally:
+        server.stop()
