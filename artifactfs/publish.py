@@ -59,7 +59,8 @@ class Draft:
     store, for the next attempt.
 
     ``semver``: the semantic version to give it, :data:`~artifactfs.store.semvers.NEXT` for the next one, "" for none unless the
-    collection's versions have them. ``always``: make a version also where nothing had changed.
+    collection's versions have them. ``always``: make a version also where nothing had changed. ``reserved_type``: the type may be
+    one that W&B's clients use by themselves.
     """
 
     name: ArtifactName
@@ -84,6 +85,7 @@ class Draft:
     semver: str = ""
     always: bool = False
     since: int = -1
+    reserved_type: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -178,7 +180,7 @@ def _checked(draft: Draft) -> Draft:
     if draft.semver not in ("", NEXT):
         SemVer.parse(draft.semver)
     if draft.type:
-        check_type(draft.type, draft.name.collection)
+        check_type(draft.type, draft.name.collection, draft.reserved_type)
     if draft.ttl is not None and not 0 < draft.ttl <= MAX_TTL:
         raise UsageError(f"a time to live of {draft.ttl} seconds cannot be; it must be at least one")
     if not draft.commit:
