@@ -1,7 +1,7 @@
 """``artifactfs serve`` as a process of its own, and the real ``wandb`` client against it; both for the tests of anybody.
 
-``wandb_server`` is a server over a fresh directory store with a key that may write everywhere. ``start_server`` starts one over any
-store. What was started is ended by its process id.
+``wandb_server`` is a server over a fresh directory store with a key that may write everywhere. ``start_server`` starts one over
+any store. What was started is ended by its process id.
 """
 
 from __future__ import annotations
@@ -107,7 +107,9 @@ def add_key(store: str, data: Path, name: str, *entities: str, write: bool = Fal
 
 
 @contextlib.contextmanager
-def start_server(store: str, data: Path, *options: str, key: str = "", environ: dict[str, str] | None = None) -> Iterator[WandbServer]:
+def start_server(
+    store: str, data: Path, *options: str, key: str = "", environ: dict[str, str] | None = None
+) -> Iterator[WandbServer]:
     """``artifactfs serve`` over ``store``, on a free port, with a key that may write everywhere unless one is given."""
     key = key or add_key(store, data, "everything", "*", write=True)
     log = data / f"server-{len(list(data.glob('server-*.log')))}.log"

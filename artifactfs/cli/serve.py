@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,12 @@ from artifactfs.store.urls import open_store
 @click.option("--public-url", metavar="URL", help="What clients reach the server by, if it stands behind a proxy.")
 @click.option("--max-upload", default="5TiB", show_default=True, metavar="SIZE", help="The largest file that may be uploaded.")
 @click.option(
-    "--url-lifetime", type=click.IntRange(1, 7 * 86400), default=3600, show_default=True, metavar="S", help="Seconds that a signed URL is good for."
+    "--url-lifetime",
+    type=click.IntRange(1, 7 * 86400),
+    default=3600,
+    show_default=True,
+    metavar="S",
+    help="Seconds that a signed URL is good for.",
 )
 @click.option("--log-format", type=click.Choice(["json", "text"]), default="json", show_default=True, help="The form of the log.")
 @click.pass_context
@@ -76,7 +82,7 @@ def _serve(session: Session, options: dict[str, Any]) -> None:
     if chosen.tls_key and not chosen.tls_cert:
         raise UsageError("--tls-key needs --tls-cert")
     keys = KeyFile(key_file)
-    if not keys.keys():
+    if not keys.all():
         session.warn(f"there are no keys in {key_file}: nobody is let in; artifactfs serve key add NAME --entity E makes one")
     cache = BlockCache(session.settings.cache_dir, session.settings.cache_size)
     service = Service(open_store(session.settings.store, cache), cache, State(data), keys, chosen)
@@ -88,7 +94,7 @@ def _serve(session: Session, options: dict[str, Any]) -> None:
         def ready() -> None:
             document = {"url": url, "store": service.store.url, "data_dir": str(data)}
             session.result(document, f"serving {service.store.url} at {url}")
-            click.get_text_stream("stdout").flush()
+            sys.stdout.flush()
 
         server.run(service, listening, ready)
     finally:
@@ -119,14 +125,27 @@ _keys = click.option("--keys", "key_file", metavar="FILE", help="The file of key
 
 @key_group.command("add")
 @click.argument("name")
-@click.option("--entity", "entities", multiple=True, required=True, metavar="E", help="An entity it opens, or * for all. Repeatable; E:read or E:write says what for.")
+@click.option(
+    "--entity",
+    "entities",
+    multiple=True,
+    required=True,
+    metavar="E",
+    help="An entity it opens, or * for all. Repeatable; E:read or E:write says what for.",
+)
 @click.option("--write", is_flag=True, help="To write, too; without, to read only.")
 @_data_dir
 @_keys
 @pass_session
 @click.pass_context
 def add_command(
-    context: click.Context, session: Session, name: str, entities: tuple[str, ...], write: bool, data_dir: str | None, key_file: str | None
+    context: click.Context,
+    session: Session,
+    name: str,
+    entities: tuple[str, ...],
+    write: bool,
+    data_dir: str | None,
+    key_file: str | None,
 ) -> None:
     """Make a key called NAME and print it: the only time that it can be seen. It is what WANDB_API_KEY is to be."""
     grants = dict(_grant(entity, write) for entity in entities)
@@ -152,9 +171,16 @@ def list_command(context: click.Context, session: Session, data_dir: str | None,
     """List the keys by name, with what they open. The keys themselves are not kept anywhere."""
     rows = [
         {"name": key.name, "grants": key.grants, "opens": _shown_grants(key.grants), "created_at": key.created_at}
-        for key in _key_file(context, session, data_dir, key_file).keys()
+        for key in _key_file(context, session, data_dir, key_file).all()
     ]
-    session.rows(rows, [Column("NAME", lambda row: row["name"]), Column("OPENS", lambda row: row["opens"]), Column("CREATED", lambda row: row["created_at"])])
+    session.rows(
+        rows,
+        [
+            Column("NAME", lambda row: row["name"]),
+            Column("OPENS", lambda row: row["opens"]),
+            Column("CREATED", lambda row: row["created_at"]),
+        ],
+    )
 
 
 def _shown_grants(grants: dict[str, str]) -> str:

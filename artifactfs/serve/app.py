@@ -1,8 +1,8 @@
 """The ASGI application: routes, keys, limits and time-outs around the store.
 
-Every request gets an id, which its answer carries (``X-Request-Id``) and the log has. Work that touches a disk or the store runs in
-threads, a bounded number at a time; the event loop only moves bytes. Errors of ours become one line with a status that tells
-clients whether to try again: 4xx not, 503 yes. GraphQL answers 200 with ``errors``, as its clients expect.
+Every request gets an id, which its answer carries (``X-Request-Id``) and the log has. Work that touches a disk or the store
+runs in threads, a bounded number at a time; the event loop only moves bytes. Errors of ours become one line with a status that
+tells clients whether to try again: 4xx not, 503 yes. GraphQL answers 200 with ``errors``, as its clients expect.
 """
 
 from __future__ import annotations

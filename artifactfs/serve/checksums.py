@@ -1,8 +1,8 @@
 """The MD5 of stored contents: what W&B's clients compare files with.
 
-An entry that was stored with an MD5 or XXH128 digest has what a manifest needs. One with a BLAKE3 digest (what artifactfs makes by
-itself) is read, checked against its content id, when its MD5 is asked for the first time; that is remembered by content id in the
-data directory, and so costs one read of each content in the life of a server.
+An entry that was stored with an MD5 or XXH128 digest has what a manifest needs. One with a BLAKE3 digest (what artifactfs makes
+by itself) is read, checked against its content id, when its MD5 is asked for the first time; that is remembered by content id
+in the data directory, and so costs one read of each content in the life of a server.
 """
 
 from __future__ import annotations

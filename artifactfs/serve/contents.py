@@ -85,15 +85,15 @@ def open_entry(context: Context, version: str, path: str) -> Download:
 
 
 def open_by_digest(context: Context, entity: str, ids: list[str], hex_digest: str) -> Download:
-    """The content with a digest in the first of some versions, by id, that has it; without ids, in any of the entity that was seen
-    to have it. NotFoundError."""
+    """The content with a digest in the first of some versions, by id, that has it; without ids, in any of the entity that was
+    seen to have it. NotFoundError."""
     try:
         digest = bytes.fromhex(hex_digest)
     except ValueError:
         digest = b""
     if len(digest) == 16:
         if not ids:
-            names = (ArtifactName(*path.split("/"), f"v{number}") for path, number in context.state.knowing(entity, digest))
+            names = (parse(f"{path}:v{number}") for path, number in context.state.knowing(entity, digest))
             ids = [version_id(context.version(name)) for name in names if _is_there(context, name)]
         for id in dict.fromkeys(ids):
             with contextlib.suppress(NotFoundError):
@@ -215,4 +215,3 @@ def read_file(path: Path) -> Iterator[bytes]:
     with open(path, "rb") as file:
         while data := file.read(PIECE):
             yield data
-

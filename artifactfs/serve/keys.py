@@ -1,10 +1,10 @@
 """API keys: who may read and write which entities. A file for the owner alone, without any key in it.
 
-The file is JSON: ``{"keys": [{"name", "hash", "grants": {entity or "*": "read" or "write"}, "created_at"}]}``. ``hash`` is the plain
-SHA-256 of the key: a key is 160 random bits that nobody chose, so there is nothing that guessing (which slow, salted hashes are
-against) could find, and each request is checked at the cost of one hash. The file is replaced as a whole, under a lock beside it;
-a running server looks at its stamp with each request, so that a key that was added works, and one that was removed does not,
-from the next request on.
+The file is JSON: ``{"keys": [{"name", "hash", "grants": {entity or "*": "read" or "write"}, "created_at"}]}``. ``hash`` is the
+plain SHA-256 of the key: a key is 160 random bits that nobody chose, so there is nothing that guessing (which slow, salted
+hashes are against) could find, and each request is checked at the cost of one hash. The file is replaced as a whole, under a
+lock beside it; a running server looks at its stamp with each request, so that a key that was added works, and one that was
+removed does not, from the next request on.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class KeyFile:
         self._refresh()
         return self._by_id.get(id)
 
-    def keys(self) -> list[Key]:
+    def all(self) -> list[Key]:
         """All keys, by name. An absent file has none."""
         return sorted(_read(self.path), key=lambda key: key.name)
 
@@ -137,6 +137,7 @@ class KeyFile:
             os.close(held)
 
     def _refresh(self) -> None:
+        stamp: tuple[int, ...]
         try:
             status = os.stat(self.path)
             stamp = (status.st_ino, status.st_mtime_ns, status.st_size, status.st_mode)

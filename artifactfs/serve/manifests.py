@@ -9,12 +9,12 @@ import itertools
 from collections.abc import Iterator
 from typing import IO, Any
 
-import ijson
+import ijson  # type: ignore[import-untyped]  # it has no stubs
 import msgspec
 
 from artifactfs.errors import InvalidNameError, UsageError
 from artifactfs.manifest import version_id
-from artifactfs.model import BLAKE3, MD5, XXH128, Dir, File, Ref, Symlink, Version
+from artifactfs.model import BLAKE3, MD5, XXH128, Dir, Entry, File, Ref, Symlink, Version
 from artifactfs.names import entry_path
 from artifactfs.serve.service import Service
 from artifactfs.tree import Tree
@@ -35,12 +35,12 @@ def entries_after(tree: Tree, root: Dir, after: str = "") -> Iterator[tuple[str,
     if rest:
         folder = tree.lookup(root, first)
         if isinstance(folder, Dir):
-            for path, entry in entries_after(tree, folder, rest):
-                yield f"{first}/{path}", entry
-    stack = [("", tree.entries(root, first))]
+            for path, found in entries_after(tree, folder, rest):
+                yield f"{first}/{path}", found
+    stack: list[tuple[str, Iterator[Entry]]] = [("", tree.entries(root, first))]
     while stack:
         prefix, entries = stack[-1]
-        entry = next(entries, None)
+        entry: Entry | None = next(entries, None)
         if entry is None:
             stack.pop()
         elif isinstance(entry, Dir):

@@ -102,6 +102,7 @@ class Mutation:
             distributed=given.optional("distributedID", 1024) or "",
             since=max(self._context.store.numbers(name), default=-1),
             result="",
+            created_at=now(),
         )
         made = create(self._context, announced, given.flag("enableDigestDeduplication", False))
         return Fieldset(artifact=self._artifact(made))
@@ -442,7 +443,9 @@ class Mutation:
         given = Input(input)
         entity = given.optional("entityName", 1024) or default_entity(self._context)
         self._need_write(entity)
-        raise UsageError(f"{given.optional('oldProjectName', 128) or 'the project'} cannot be renamed: its versions have its name")
+        raise UsageError(
+            f"{given.optional('oldProjectName', 128) or 'the project'} cannot be renamed: its versions have its name"
+        )
 
     def delete_model(self, input: Any = None) -> Fieldset:
         """Only a project without collections can go: versions are deleted by themselves."""

@@ -7,9 +7,9 @@ if it did not exist; that is decided where a node is made, never later.
 from __future__ import annotations
 
 import base64
+import hashlib
 import itertools
 import mimetypes
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -44,6 +44,7 @@ FEATURES = (
     "ARTIFACT_REGISTRY_SEARCH",
     "ARTIFACT_TAGS",
     "ARTIFACT_V2_DOWNLOAD_HANDLER_SUPPORTS_ARTIFACT_ID",
+    "INCLUDE_ARTIFACT_TYPES_IN_REGISTRY_CREATION",
     "PROJECT_ARTIFACT_COLLECTION_MEMBERSHIP",
     "TOTAL_COUNT_IN_FILE_CONNECTION",
     "USE_ARTIFACT_WITH_ENTITY_AND_PROJECT_INFORMATION",
@@ -73,7 +74,7 @@ def id_parts(id: Any, kind: str, count: int) -> list[str]:
 
 def number_of(*parts: str) -> int:
     """A number that stands for a name where clients want one."""
-    return zlib.crc32("/".join(parts).encode())
+    return int.from_bytes(hashlib.sha256("/".join(parts).encode()).digest()[:6])
 
 
 class PageInfo:
@@ -138,7 +139,7 @@ class Query:
 
     def organization(self, name: Any = None) -> OrganizationNode | None:
         entity = entity_node(self._context, name)
-        return OrganizationNode(entity) if entity is not None else None
+        return OrganizationNode(self._context, entity) if entity is not None else None
 
     def project(self, name: Any = None, entity_name: Any = None) -> ProjectNode | None:
         return project_node(self._context, entity_name, name)
@@ -166,7 +167,9 @@ class Query:
         pending = self._context.state.by_client(text(client_id, "clientID", 1024))
         if pending is None or not self._context.caller.can_read(pending.name.entity):
             return None
-        return Fieldset(server_id=version_id(self._context.version(parse(pending.result))) if pending.result else pending_id(pending.id))
+        return Fieldset(
+            server_id=version_id(self._context.version(parse(pending.result))) if pending.result else pending_id(pending.id)
+        )
 
 
 class Fieldset(dict[str, Any]):
@@ -181,7 +184,7 @@ class Fieldset(dict[str, Any]):
 
 class ServerInfo:
     features = tuple(Fieldset(name=name, is_enabled=True) for name in FEATURES)
-    cli_version_info: dict[str, str] = {"max_cli_version": "0.31.0", "min_cli_version": "0.13.0"}
+    cli_version_info = Fieldset(max_cli_version="0.31.0", min_cli_version="0.13.0")
 
 
 class UserNode:
@@ -204,7 +207,7 @@ class UserNode:
 
     def organizations(self) -> list[OrganizationNode]:
         names = dict.fromkeys(self._context.organization(entity) for entity in self._context.caller.entities)
-        return [OrganizationNode(EntityNode(self._context, name)) for name in names if self._context.caller.can_read(name)]
+        return [OrganizationNode(self._context, EntityNode(self._context, name)) for name in names if self._context.caller.can_read(name)]
 
     def api_keys(self) -> Connection:
         return connect([], lambda it: it, None, None)
@@ -240,7 +243,7 @@ class EntityNode:
 
     def organization(self) -> OrganizationNode | None:
         name = self._context.organization(self.name)
-        return OrganizationNode(EntityNode(self._context, name)) if self._context.caller.can_read(name) else None
+        return OrganizationNode(self._context, EntityNode(self._context, name)) if self._context.caller.can_read(name) else None
 
     def user(self) -> UserNode | None:
         return None
@@ -250,10 +253,13 @@ class EntityNode:
 
     def projects(self, first: Any = None, after: Any = None, filters: Any = None, order: Any = None) -> Connection:
         passes = passing(filters)
-        names = [name for name in project_names(self._context, self.name) if passes({"name": name})]
+        names = [name for name in self._project_names() if passes(project_document(self.name, name))]
         if isinstance(order, str) and order.startswith("-"):
             names.reverse()
         return connect(names, lambda name: ProjectNode(self._context, self.name, name), first, after)
+
+    def _project_names(self) -> list[str]:
+        return project_names(self._context, self.name)
 
     def artifact_collections(
         self,
@@ -287,15 +293,24 @@ class EntityNode:
     def _registry_collections(self, project_filters: Any) -> Iterator[Collection]:
         passes = passing(project_filters)
         for project in project_names(self._context, self.name):
-            if is_registry(project) and passes({"name": project}):
+            if is_registry(project) and passes(project_document(self.name, project)):
                 yield from self._context.store.collections(self.name, project)
+
+
+class OrganizationEntityNode(EntityNode):
+    """An entity as an organization: its projects are its registries."""
+
+    entity_type = "organization"
+
+    def _project_names(self) -> list[str]:
+        return [name for name in super()._project_names() if is_registry(name)]
 
 
 class OrganizationNode:
     """An organization: the entity that holds registries."""
 
-    def __init__(self, entity: EntityNode) -> None:
-        self.org_entity = entity
+    def __init__(self, context: Context, entity: EntityNode) -> None:
+        self.org_entity = OrganizationEntityNode(context, entity.name)
         self.name = entity.name
         self.id = node_id("Organization", entity.name)
 
@@ -306,6 +321,12 @@ class OrganizationNode:
 def project_names(context: Context, entity: str) -> list[str]:
     """The projects of an entity, sorted."""
     return sorted({*context.store.projects(entity), *context.state.projects(entity)})
+
+
+def project_document(entity: str, name: str) -> dict[str, Any]:
+    """What filters look at."""
+    number = number_of(entity, name)
+    return {"name": name, "id": number, "project_id": number, "entity_id": number_of(entity)}
 
 
 def project_node(context: Context, entity: Any, name: Any) -> ProjectNode | None:
@@ -484,7 +505,13 @@ class TypeNode:
 
 # --- collections ----------------------------------------------------------------------------------
 
-_ORDERS = {"name": "name", "created_at": "created_at", "createdAt": "created_at", "updated_at": "updated_at", "updatedAt": "updated_at"}
+_ORDERS = {
+    "name": "name",
+    "created_at": "created_at",
+    "createdAt": "created_at",
+    "updated_at": "updated_at",
+    "updatedAt": "updated_at",
+}
 
 
 def collections_page(
@@ -580,7 +607,9 @@ class CollectionNode:
         return connect(list(self._record.aliases), lambda alias: AliasNode(self._context, self._record, alias), first, after)
 
     def artifacts(self, first: Any = None, after: Any = None, filters: Any = None, order: Any = None) -> Connection:
-        return connect(self._members(filters, order), lambda version: VersionNode(self._context, version, self._record), first, after)
+        return connect(
+            self._members(filters, order), lambda version: VersionNode(self._context, version, self._record), first, after
+        )
 
     def artifact_memberships(self, first: Any = None, after: Any = None, filters: Any = None, order: Any = None) -> Connection:
         return connect(self._members(filters, order), lambda it: MembershipNode(self._context, it, self._record), first, after)
@@ -680,6 +709,15 @@ class PendingNode(ArtifactNode):
         self.description = pending.fields.description
         self.digest_algorithm = manifest_algorithm(pending.algorithm)
         self.metadata = msgspec.json.encode(pending.fields.metadata).decode()
+        self.version_index = pending.since + 1  # if nobody else commits first
+        self.size = self.file_count = 0
+        self.created_at = self.updated_at = pending.created_at
+        self.history_step = None
+        self.commit_hash = None
+        self.tags = [tag_node(tag) for tag in pending.fields.tags]
+        self.aliases: list[AliasNode] = []
+        self.ttl_duration_seconds = -2 if pending.fields.ttl is None else pending.fields.ttl
+        self.ttl_is_inherited = pending.fields.inherit_ttl
 
     def artifact_type(self) -> TypeNode:
         name = self._pending.name
@@ -692,7 +730,7 @@ class PendingNode(ArtifactNode):
             return CollectionNode(self._context, record)
         project = ProjectNode(self._context, name.entity, name.project)
         id = node_id("ArtifactCollection", name.entity, name.project, name.collection)
-        return Fieldset(id=id, name=name.collection, project=project, state="READY")
+        return Fieldset(graphql_type="ArtifactSequence", id=id, name=name.collection, project=project, state="READY")
 
 
 class VersionNode(ArtifactNode):
@@ -995,4 +1033,3 @@ class RunFileNode:
 
     def updated_at(self) -> str | None:
         return None
-

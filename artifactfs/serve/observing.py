@@ -1,7 +1,7 @@
 """What a server tells of itself: one line of JSON (or text) for each request, and Prometheus metrics.
 
-Neither has a secret: a signed URL is named by its route alone, callers by the name of their key. Labels of metrics come from fixed
-sets, so that nobody can make their number grow.
+Neither has a secret: a signed URL is named by its route alone, callers by the name of their key. Labels of metrics come from
+fixed sets, so that nobody can make their number grow.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """How an upload becomes a version: what a client sent is checked against what it announced, and handed to ``publish``.
 
-A client announces a version (``createArtifact``), its manifests and its files, puts bytes, and commits. The pending version's id is
-kept as the ``commit`` of the version, so that a commit that is repeated, after an answer that was lost or a server that was killed,
-finds what it made. All of it is read from this server's disk and from the store: nothing that a manifest says is believed but
-names and references, and the MD5 of every byte is worked out anew while the bytes are stored.
+A client announces a version (``createArtifact``), its manifests and its files, puts bytes, and commits. The pending version's
+id is kept as the ``commit`` of the version, so that a commit that is repeated, after an answer that was lost or a server that
+was killed, finds what it made. All of it is read from this server's disk and from the store: nothing that a manifest says is
+believed but names and references, and the MD5 of every byte is worked out anew while the bytes are stored.
 
 No caller gets bytes for naming their MD5: a file need not be uploaded only if a version of the same collection, which the caller
 may read, or this very upload has it.
@@ -15,6 +15,7 @@ import base64
 import binascii
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import os
@@ -27,9 +28,8 @@ from typing import Any, NamedTuple
 import msgspec
 
 from artifactfs.content import manifest_digest
-from artifactfs.errors import ArtifactFSError, ConflictError, IntegrityError, NotFoundError, UsageError
+from artifactfs.errors import ConflictError, IntegrityError, NotFoundError, UsageError
 from artifactfs.folders import MadeFolder
-from artifactfs.manifest import version_id, version_name
 from artifactfs.model import BLAKE3, MD5, XXH128, Collection, Dir, Entry, File, Ref, Run, Version
 from artifactfs.names import LATEST, ArtifactName, check_new_alias, parse, version_number
 from artifactfs.publish import Change, Draft, NewFile, check_sequence, publish, store_folder
@@ -485,11 +485,15 @@ class _Commit:
         stored = _stored_already(self._context, self._pending, None, wanted)
         if stored is not None:
             return stored
-        raise UsageError(f"the bytes of {listed.path!r} were not uploaded, and no version that you may read has them; log it again")
+        raise UsageError(
+            f"the bytes of {listed.path!r} were not uploaded, and no version that you may read has them; log it again"
+        )
 
     def _live(self, file: File, listed: Listed) -> Change:
         """``file``, if the version that it was found in, or another one of the collection, still has it."""
-        wanted = Announced(listed.path, "", listed.digest) if listed.algorithm == XXH128 else Announced(listed.path, listed.digest, "")
+        wanted = (
+            Announced(listed.path, "", listed.digest) if listed.algorithm == XXH128 else Announced(listed.path, listed.digest, "")
+        )
         newest = self._cached("newest", lambda: self._store.newest(self._pending.name))
         again = _stored_already(self._context, self._pending, newest, wanted)
         if again is None or again.id != file.id:
@@ -497,10 +501,11 @@ class _Commit:
         return again
 
     def _sources(self, listed: Listed) -> Iterator[Version]:
-        """Versions that may have the bytes of an entry that was not uploaded: the one that it was born in, the base, the newest."""
+        """Versions that may have the bytes of an entry that was not uploaded: the one that it was born in, the base, the
+        newest."""
         for key in (listed.birth, *(manifest.base for manifest in self._bases())):
             if key:
-                version = self._cached(key, lambda key=key: find_version(self._context, key))  # type: ignore[misc]
+                version = self._cached(key, functools.partial(find_version, self._context, key))
                 if version is not None:
                     yield version
         newest = self._cached("newest", lambda: self._store.newest(self._pending.name))
@@ -651,7 +656,9 @@ def _join(context: Context, pending: Pending, object: str, numbers: Sequence[int
             target.flush()
             from_md5 = base64.b64encode(hasher.digest()).decode()
             if file.md5 and from_md5 != file.md5:
-                raise IntegrityError(f"the parts of {file.name!r} have the MD5 {from_md5} together, not {file.md5}; upload it again")
+                raise IntegrityError(
+                    f"the parts of {file.name!r} have the MD5 {from_md5} together, not {file.md5}; upload it again"
+                )
             sync(target)
         whole.replace(state.object_path(pending.id, object))
     finally:

@@ -218,7 +218,6 @@ type Run {{
 """
 
 
-
 @functools.cache
 def schema() -> Any:
     """The schema, built once."""
@@ -325,7 +324,18 @@ def prepare(text: str, name: str | None) -> Operation:
     operation = chosen[0]
     if operation.operation is OperationType.SUBSCRIPTION:
         raise UsageError("this server has no GraphQL subscriptions")
+    if operation.operation is OperationType.MUTATION:
+        _check_known(operation)
     return Operation(document, name, operation.operation.value, _label(operation))
+
+
+def _check_known(operation: OperationDefinitionNode) -> None:
+    """UsageError for a mutation that we do not have: who leaves it out of the answer lets its caller believe that it was done."""
+    known = schema().mutation_type.fields
+    for selection in operation.selection_set.selections:
+        name = selection.name.value if isinstance(selection, FieldNode) else "a fragment"
+        if name not in known and name != "__typename":
+            raise UsageError(f"this server has no mutation {name[:60]!r}; artifactfs serves artifacts, not all of W&B")
 
 
 def _label(operation: OperationDefinitionNode) -> str:
@@ -398,9 +408,9 @@ def snake(name: str) -> str:
     return _WORDS.sub("_", name).lower()
 
 
-def _resolve(source: Any, info: GraphQLResolveInfo, **arguments: Any) -> Any:
+def _resolve(source: Any, info: GraphQLResolveInfo[_Run], **arguments: Any) -> Any:
     """The attribute, or method, of the node that has the field's name; None where it has none."""
-    run: _Run = info.context
+    run = info.context
     run.left -= 1
     if run.left < 0:
         raise UsageError("the GraphQL request asks for too much at once; ask for smaller pages")

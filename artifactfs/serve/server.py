@@ -104,7 +104,9 @@ def bound_socket(options: Options) -> socket.socket:
         found.bind((options.host, options.port))
         found.listen(_BACKLOG)
     except OSError as error:
-        raise UsageError(f"cannot listen on {options.host}:{options.port}: {error.strerror}; choose another --host or --port") from None
+        raise UsageError(
+            f"cannot listen on {options.host}:{options.port}: {error.strerror}; choose another --host or --port"
+        ) from None
     return found
 
 

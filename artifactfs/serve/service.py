@@ -23,7 +23,6 @@ from artifactfs.serve.signing import Kind, Signer, load_secret
 from artifactfs.serve.state import State
 from artifactfs.store.native import NativeStore
 
-
 _COMMITS = 4
 
 

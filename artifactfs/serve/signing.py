@@ -1,7 +1,7 @@
 """Signed URLs: what may be done with one object, until when, in the name of which key.
 
-A URL's last part is ``<claims>.<signature>``: msgpack and HMAC-SHA-256 of it, both base64url. Whoever has the URL needs no key; so
-it says method and object, ends soon, and is good for nothing once its key is removed or has lost the right. Nothing of it is
+A URL's last part is ``<claims>.<signature>``: msgpack and HMAC-SHA-256 of it, both base64url. Whoever has the URL needs no key;
+so it says method and object, ends soon, and is good for nothing once its key is removed or has lost the right. Nothing of it is
 remembered: a URL that is used twice does twice the same thing, which for a read is the point, and for an upload leaves the same
 bytes, because their MD5 is part of the claims.
 """

@@ -40,13 +40,14 @@ KEEP_PENDING = 7 * 24 * 3600
 KEEP_RESULTS = 90 * 24 * 3600
 """Seconds for which the id that a version had while it was uploaded is known afterwards."""
 
+_FILE_COLUMNS = "name, md5, digest, object, stored"
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS artifacts (      -- a version that is being uploaded, or what became of it
     id TEXT PRIMARY KEY, entity TEXT NOT NULL, project TEXT NOT NULL, collection TEXT NOT NULL,
     type TEXT NOT NULL, digest TEXT NOT NULL, algorithm TEXT NOT NULL, fields TEXT NOT NULL,
     client TEXT NOT NULL, distributed TEXT NOT NULL, since INTEGER NOT NULL,
     result TEXT NOT NULL DEFAULT '',          -- qualified name of the version
-    touched REAL NOT NULL);
+    created_at TEXT NOT NULL, touched REAL NOT NULL);
 CREATE INDEX IF NOT EXISTS artifacts_client ON artifacts (client) WHERE client != '';
 CREATE INDEX IF NOT EXISTS artifacts_distributed ON artifacts (entity, project, collection, distributed) WHERE distributed != '';
 CREATE TABLE IF NOT EXISTS manifests (      -- its manifests; the object is there once it was uploaded
@@ -96,6 +97,7 @@ class Pending(NamedTuple):
     distributed: str
     since: int
     result: str
+    created_at: str = ""
 
 
 class Manifest(NamedTuple):
@@ -143,7 +145,9 @@ class State:
             fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(self._held)
-            raise ConflictError(f"another server uses the data directory {root}; stop it, or name another with --data-dir") from None
+            raise ConflictError(
+                f"another server uses the data directory {root}; stop it, or name another with --data-dir"
+            ) from None
         self._lock = threading.RLock()
         self._database = sqlite3.connect(root / "serve.sqlite", check_same_thread=False, isolation_level=None)
         self._database.execute("PRAGMA journal_mode = WAL")
@@ -176,7 +180,7 @@ class State:
     def add_pending(self, pending: Pending) -> None:
         with self._transaction() as database:
             database.execute(
-                "INSERT INTO artifacts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                "INSERT INTO artifacts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
                     pending.id,
                     pending.name.entity,
@@ -190,6 +194,7 @@ class State:
                     pending.distributed,
                     pending.since,
                     pending.result,
+                    pending.created_at,
                     time.time(),
                 ),
             )
@@ -215,10 +220,10 @@ class State:
         rows = self._rows(f"SELECT * FROM artifacts WHERE {where} ORDER BY touched DESC LIMIT 1", values)
         if not rows:
             return None
-        id, entity, project, collection, type, digest, algorithm, fields, client, distributed, since, result, _ = rows[0]
+        id, entity, project, collection, type, digest, algorithm, fields, client, distributed, since, result, created, _ = rows[0]
         name = ArtifactName(entity, project, collection)
         decoded = msgspec.json.decode(fields, type=Fields)
-        return Pending(id, name, type, digest, algorithm, decoded, client, distributed, since, result)
+        return Pending(id, name, type, digest, algorithm, decoded, client, distributed, since, result, created)
 
     def update_fields(self, id: str, fields: Fields) -> None:
         """Replace what was said of a version."""
@@ -307,7 +312,7 @@ class State:
             for file in files:
                 database.execute("INSERT OR IGNORE INTO files VALUES (?, ?, ?, ?, ?, ?)", (artifact, *file))
                 (row,) = database.execute(
-                    "SELECT name, md5, digest, object, stored FROM files WHERE artifact = ? AND name = ? AND md5 = ? AND digest = ?",
+                    f"SELECT {_FILE_COLUMNS} FROM files WHERE artifact = ? AND name = ? AND md5 = ? AND digest = ?",
                     (artifact, file.name, file.md5, file.digest),
                 ).fetchall()
                 noted.append(Uploaded(*row))
@@ -315,12 +320,12 @@ class State:
 
     def files_of(self, artifact: str, name: str) -> list[Uploaded]:
         """What is noted for the entries of that name."""
-        rows = self._rows("SELECT name, md5, digest, object, stored FROM files WHERE artifact = ? AND name = ?", (artifact, name))
+        rows = self._rows(f"SELECT {_FILE_COLUMNS} FROM files WHERE artifact = ? AND name = ?", (artifact, name))
         return [Uploaded(*row) for row in rows]
 
     def file_of(self, artifact: str, object: str) -> Uploaded:
         """The entry that an object is for. NotFoundError."""
-        rows = self._rows("SELECT name, md5, digest, object, stored FROM files WHERE artifact = ? AND object = ?", (artifact, object))
+        rows = self._rows(f"SELECT {_FILE_COLUMNS} FROM files WHERE artifact = ? AND object = ?", (artifact, object))
         if not rows:
             raise NotFoundError("there is no such upload")
         return Uploaded(*rows[0])
@@ -359,12 +364,12 @@ class State:
     def known(self, collection: str, md5: bytes) -> tuple[int, str] | None:
         """(number of a version, path) where a content of this MD5 was seen last."""
         rows = self._rows("SELECT number, path FROM known WHERE collection = ? AND md5 = ?", (collection, md5))
-        return rows[0] if rows else None  # type: ignore[return-value]
+        return rows[0] if rows else None
 
     def knowing(self, entity: str, md5: bytes) -> list[tuple[str, int]]:
         """(collection, number) of the entity's versions where a content of this MD5 was seen."""
         low = f"{entity}/"
-        return self._rows(  # type: ignore[return-value]
+        return self._rows(
             "SELECT collection, number FROM known WHERE collection >= ? AND collection < ? AND md5 = ?", (low, f"{entity}0", md5)
         )
 
