@@ -34,6 +34,7 @@ class WandbServer:
     data: Path
     process: subprocess.Popen[str]
     log: Path
+    environ: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def host(self) -> str:
@@ -46,11 +47,11 @@ class WandbServer:
 
     def add_key(self, name: str, *entities: str, write: bool = False) -> str:
         """Another key; it works at once."""
-        return add_key(self.store, self.data, name, *entities, write=write)
+        return add_key(self.store, self.data, name, *entities, write=write, environ=self.environ)
 
     def remove_key(self, name: str) -> None:
         """Take a key away, at once."""
-        _run("--store", self.store, "serve", "key", "remove", name, "--data-dir", str(self.data))
+        _run("--store", self.store, "serve", "key", "remove", name, "--data-dir", str(self.data), environ=self.environ)
 
     def environment(self, home: Path, key: str = "") -> dict[str, str]:
         """What a ``wandb`` client needs to speak to this server, with directories of its own below ``home``."""
@@ -93,17 +94,21 @@ def client_environment(home: Path, url: str, key: str) -> dict[str, str]:
     }
 
 
-def _run(*arguments: str) -> str:
-    done = subprocess.run([*PROGRAM, *arguments], capture_output=True, text=True, timeout=60)
+def _run(*arguments: str, environ: dict[str, str] | None = None) -> str:
+    whole = {**os.environ, **(environ or {})}
+    done = subprocess.run([*PROGRAM, *arguments], capture_output=True, text=True, timeout=60, env=whole)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def add_key(store: str, data: Path, name: str, *entities: str, write: bool = False) -> str:
+def add_key(
+    store: str, data: Path, name: str, *entities: str, write: bool = False, environ: dict[str, str] | None = None
+) -> str:
     """Make a key with the command, and return it."""
     opened = [argument for entity in entities for argument in ("--entity", entity)]
     right = ["--write"] if write else []
-    return _run("--store", store, "serve", "key", "add", name, *opened, *right, "--data-dir", str(data)).strip()
+    command = ("--store", store, "serve", "key", "add", name, *opened, *right, "--data-dir", str(data))
+    return _run(*command, environ=environ).strip()
 
 
 @contextlib.contextmanager
@@ -111,7 +116,7 @@ def start_server(
     store: str, data: Path, *options: str, key: str = "", environ: dict[str, str] | None = None
 ) -> Iterator[WandbServer]:
     """``artifactfs serve`` over ``store``, on a free port, with a key that may write everywhere unless one is given."""
-    key = key or add_key(store, data, "everything", "*", write=True)
+    key = key or add_key(store, data, "everything", "*", write=True, environ=environ)
     log = data / f"server-{len(list(data.glob('server-*.log')))}.log"
     with open(log, "wb") as errors:
         process = subprocess.Popen(
@@ -124,7 +129,7 @@ def start_server(
     try:
         line = _first_line(process)
         assert " at http" in line, f"the server did not start: {line!r} {log.read_text()}"
-        yield WandbServer(line.rpartition(" at ")[2].strip(), key, store, data, process, log)
+        yield WandbServer(line.rpartition(" at ")[2].strip(), key, store, data, process, log, environ or {})
     finally:
         if process.poll() is None:
             process.terminate()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def _serve(session: Session, options: dict[str, Any]) -> None:
         url = chosen.public_url or server.url_of(chosen, listening)
         observing.start_logging(chosen.log_format)
 
-        def ready() -> None:
+        def ready(_: Callable[[], None]) -> None:
             document = {"url": url, "store": service.store.url, "data_dir": str(data)}
             session.result(document, f"serving {service.store.url} at {url}")
             sys.stdout.flush()

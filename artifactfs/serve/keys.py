@@ -66,6 +66,11 @@ class Caller:
         return "write" in (self.grants.get(entity), self.grants.get(ANY))
 
     @property
+    def opens_all(self) -> bool:
+        """Whether its key opens every entity."""
+        return ANY in self.grants
+
+    @property
     def entities(self) -> list[str]:
         """The entities that its key names, those that it may write to first."""
         named = [entity for entity in self.grants if entity != ANY]

@@ -206,8 +206,14 @@ class UserNode:
         return connect(self._context.caller.entities, lambda name: EntityNode(self._context, name), None, None)
 
     def organizations(self) -> list[OrganizationNode]:
-        names = dict.fromkeys(self._context.organization(entity) for entity in self._context.caller.entities)
-        return [OrganizationNode(self._context, EntityNode(self._context, name)) for name in names if self._context.caller.can_read(name)]
+        caller = self._context.caller
+        known = self._context.store.entities() if caller.opens_all else caller.entities
+        names = dict.fromkeys(self._context.organization(entity) for entity in known)
+        return [
+            OrganizationNode(self._context, EntityNode(self._context, name))
+            for name in names
+            if self._context.caller.can_read(name)
+        ]
 
     def api_keys(self) -> Connection:
         return connect([], lambda it: it, None, None)
@@ -242,11 +248,17 @@ class EntityNode:
         self.id = node_id("Entity", name)
 
     def organization(self) -> OrganizationNode | None:
+        """None for the name of a key that opens all, which is no team's: its user is in every organization."""
+        if self._is_personal() and self.name not in self._context.store.entities():
+            return None
         name = self._context.organization(self.name)
         return OrganizationNode(self._context, EntityNode(self._context, name)) if self._context.caller.can_read(name) else None
 
     def user(self) -> UserNode | None:
-        return None
+        return UserNode(self._context) if self.name == default_entity(self._context) else None
+
+    def _is_personal(self) -> bool:
+        return self._context.caller.opens_all and self.name == self._context.caller.name
 
     def project(self, name: Any = None) -> ProjectNode | None:
         return project_node(self._context, self.name, name)

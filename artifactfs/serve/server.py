@@ -10,7 +10,7 @@ import socket
 import ssl
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import h11
 import uvicorn
@@ -21,6 +21,9 @@ from artifactfs.serve.app import Application
 from artifactfs.serve.service import Options, Service
 
 log = logging.getLogger(__name__)
+
+Ready: TypeAlias = Callable[[Callable[[], None]], None]
+"""Told that requests are answered now; it is given what ends the server."""
 
 _HOUSEKEEPING = 600.0
 """Seconds between two looks for uploads that nobody goes on with."""
@@ -73,14 +76,17 @@ def protocol(header_timeout: float) -> type[H11Protocol]:
 class _Server(uvicorn.Server):
     """Tells when it is ready, and ends with a signal as a program that did what it was asked to."""
 
-    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, ready: Ready) -> None:
         super().__init__(config)
         self._ready = ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
-            self._ready()
+            self._ready(self._stop)
+
+    def _stop(self) -> None:
+        self.should_exit = True
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -117,8 +123,8 @@ def url_of(options: Options, listening: socket.socket) -> str:
     return f"{'https' if options.tls_cert else 'http'}://{shown}:{port}"
 
 
-def run(service: Service, listening: socket.socket, ready: Callable[[], None]) -> None:
-    """Serve until a signal comes, and end what is under way, within a bounded time."""
+def run(service: Service, listening: socket.socket, ready: Ready) -> None:
+    """Serve until a signal comes, or what ``ready`` is given is called, and end what is under way, within a bounded time."""
     options = service.options
     application = Application(service)
     config = uvicorn.Config(
