@@ -101,9 +101,7 @@ def _run(*arguments: str, environ: dict[str, str] | None = None) -> str:
     return done.stdout
 
 
-def add_key(
-    store: str, data: Path, name: str, *entities: str, write: bool = False, environ: dict[str, str] | None = None
-) -> str:
+def add_key(store: str, data: Path, name: str, *entities: str, write: bool = False, environ: dict[str, str] | None = None) -> str:
     """Make a key with the command, and return it."""
     opened = [argument for entity in entities for argument in ("--entity", entity)]
     right = ["--write"] if write else []

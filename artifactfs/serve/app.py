@@ -53,7 +53,7 @@ from artifactfs.serve.signing import Claims
 
 log = logging.getLogger(__name__)
 
-MAX_MANIFEST = 4 << 30
+MAX_MANIFEST = 1 << 30
 MAX_RUN_FILE = 1 << 30
 MAX_STREAM = 64 << 20
 """Bytes of a manifest, a run's file, and a piece of a file stream at most."""
@@ -107,7 +107,9 @@ class Application:
             Route("/healthz", self.healthz, methods=["GET"]),
             Route("/metrics", self.show_metrics, methods=["GET"]),
         ]
-        handlers: dict[Any, Any] = {HTTPException: _http_error}
+        handlers: dict[Any, Any] = dict.fromkeys(
+            (HTTPException, ArtifactFSError, TooSlowError, ClientDisconnect, Exception), _explained
+        )
         self.app: ASGIApp = Watched(Starlette(routes=routes, exception_handlers=handlers), self.metrics, service)
 
     async def _in_thread(self, limiter: anyio.CapacityLimiter, work: Callable[..., _T], *arguments: Any) -> _T:
@@ -416,7 +418,7 @@ class Watched:
 
         self._metrics.running.inc()
         try:
-            await self._answered(scope, receive, watching, lambda: status)
+            await self._answered(scope, receive, watching)
         finally:
             self._metrics.running.dec()
             seconds = time.monotonic() - begun
@@ -426,21 +428,11 @@ class Watched:
             fields = {"method": method, "route": route, "status": status or 499, "ms": round(seconds * 1000, 1), "sent": sent}
             access.info("request", extra={"fields": {**fields, "caller": caller}})
 
-    async def _answered(self, scope: Scope, receive: Receive, send: Send, status: Callable[[], int]) -> None:
+    async def _answered(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            return await self._app(scope, receive, send)
-        except ClientDisconnect:
-            return None
-        except TooSlowError:
-            answer = _error(408, "the body did not come in time", {"Connection": "close"})
-        except ArtifactFSError as error:
-            answer = _error(status_of(error), str(error))
-        except Exception:
+            await self._app(scope, receive, send)
+        except Exception:  # it was answered (see _explained), as far as it could be
             log.exception("request failed")
-            answer = _error(500, f"the server failed; its log says more about request {request_id.get()}")
-        if not status():
-            await answer(scope, receive, send)
-        return None
 
 
 def _error(status: int, message: str, headers: dict[str, str] | None = None) -> Response:
@@ -448,9 +440,17 @@ def _error(status: int, message: str, headers: dict[str, str] | None = None) -> 
     return JSONResponse({"errors": [{"message": message}], "error": message}, status, headers)
 
 
-async def _http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    return _error(error.status_code, error.detail, dict(error.headers or {}))
+async def _explained(request: Request, error: Exception) -> Response:
+    """The answer for what a handler raised."""
+    if isinstance(error, HTTPException):
+        return _error(error.status_code, error.detail, dict(error.headers or {}))
+    if isinstance(error, ArtifactFSError):
+        return _error(status_of(error), str(error))
+    if isinstance(error, TooSlowError):
+        return _error(408, "the body did not come in time", {"Connection": "close"})
+    if isinstance(error, ClientDisconnect):
+        return _error(499, "the client has gone")  # nobody reads it
+    return _error(500, f"the server failed; its log says more about request {request_id.get()}")
 
 
 def _check_length(request: Request, most: int) -> None:

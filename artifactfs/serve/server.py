@@ -149,6 +149,8 @@ def run(service: Service, listening: socket.socket, ready: Ready) -> None:
         if isinstance(error, ssl.SSLError) or not isinstance(error, OSError):
             raise UsageError(f"the TLS certificate or key cannot be used: {error}") from None
         raise from_os_error(error, f"reading {error.filename}") from None
+    # It would log signed URLs; we have lines of our own.
+    logging.getLogger("uvicorn.access").disabled = True
     ended = threading.Event()
     keeper = threading.Thread(target=_keep_house, args=(service, ended), name="housekeeping", daemon=True)
     keeper.start()
