@@ -117,8 +117,8 @@ def read_manifest(file: IO[bytes]) -> Iterator[Listed]:
 
 
 class _Parsing:
-    """The events of a JSON document, of which no more than one entry is ever held. Its depth is bounded: what a parser keeps of the
-    way down grows with it."""
+    """The events of a JSON document, of which no more than one entry is ever held. Its depth is bounded: what a parser keeps of
+    the way down grows with it."""
 
     def __init__(self, events: Iterator[tuple[str, Any]]) -> None:
         self._events = events

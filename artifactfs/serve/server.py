@@ -143,12 +143,15 @@ def run(service: Service, listening: socket.socket, ready: Ready) -> None:
         ssl_certfile=options.tls_cert or None,
         ssl_keyfile=options.tls_key or None,
     )
+    for path in filter(None, (options.tls_cert, options.tls_key)):
+        try:
+            open(path, "rb").close()  # whose error names the file, unlike that of ssl
+        except OSError as error:
+            raise from_os_error(error, f"reading {path}") from None
     try:
         config.load()
-    except (OSError, ssl.SSLError) as error:
-        if isinstance(error, ssl.SSLError) or not isinstance(error, OSError):
-            raise UsageError(f"the TLS certificate or key cannot be used: {error}") from None
-        raise from_os_error(error, f"reading {error.filename}") from None
+    except ssl.SSLError as error:
+        raise UsageError(f"the TLS certificate or key cannot be used: {error.reason or error}") from None
     # It would log signed URLs; we have lines of our own.
     logging.getLogger("uvicorn.access").disabled = True
     ended = threading.Event()

@@ -293,7 +293,7 @@ show(text=open(fetch("shelf:prod").download("linked") + "/x").read(),
 registry = f"wandb-registry-{PROJECT}"
 member = source.link(f"{registry}/wheels", aliases=["released"])
 api = wandb.Api()
-show(member=member.qualified_name, registries=[it.name for it in api.registries(organization=ENTITY).__iter__() if it.name == PROJECT],
+show(member=member.qualified_name, registries=[it.name for it in api.registries(organization=ENTITY) if it.name == PROJECT],
      collections=[it.name for it in api.registry(PROJECT, organization=ENTITY).collections()],
      versions=[it.qualified_name for it in api.registry(PROJECT, organization=ENTITY).versions()],
      by_name=api.artifact(f"{ENTITY}/{registry}/wheels:released").source_qualified_name)
@@ -351,7 +351,8 @@ second = wandb.Artifact("second", "dataset"); second.add(unsaved, "copy")
 run.log_artifact(first); run.log_artifact(second).wait()
 show(copy=fetch("second:v0").get("copy").data)
 files = fetch("bikes:v0").files()
-show(count=len(files), files=[[it.name, it.size, it.md5] for it in files], some=[it.name for it in fetch("bikes:v0").files(names=["empty"])])
+show(count=len(files), files=[[it.name, it.size, it.md5] for it in files],
+     some=[it.name for it in fetch("bikes:v0").files(names=["empty"])])
 found = fetch("bikes:v0"); found.download("checked"); found.verify("checked")
 open("checked/a.txt", "w").write("tampered"); os.unlink("checked/empty"); open("checked/stray", "w").close()
 try:
@@ -359,7 +360,8 @@ try:
 except ValueError as error:
     show(verified=str(error)[:20])
 found.checkout("checked"); found.verify("checked")
-show(checked=sorted(os.listdir("checked")), multipart=sorted(os.listdir(found.download("parts", multipart=True, skip_cache=True))))
+show(checked=sorted(os.listdir("checked")),
+     multipart=sorted(os.listdir(found.download("parts", multipart=True, skip_cache=True))))
 hashed = wandb.Artifact("hashed", "dataset", digest_algorithm="XXH128"); hashed.add_dir("local"); run.log_artifact(hashed).wait()
 back = fetch("hashed:v0"); back.download("hashed"); back.verify("hashed")
 show(algorithm=back.digest_algorithm.value, same=back.digest == hashed.digest, entry=back.get_entry("r.txt").extra)
@@ -455,7 +457,8 @@ def test_twenty_clients_at_once(client: Client) -> None:
     if client.server.store.startswith("s3:"):
         pytest.skip("the server is the same; twenty wandb-core processes twice are too much for a small machine")
     body = PRELUDE + (
-        "name = sys.argv[2]; run = start(); run.log_artifact(drafted('shared', files={f'{name}.txt': name, 'same': 'same'})).wait();"
+        "name = sys.argv[2]; run = start();"
+        "run.log_artifact(drafted('shared', files={f'{name}.txt': name, 'same': 'same'})).wait();"
         "run.log_artifact(drafted(f'own-{name}', files={'n': name})).wait(); run.finish();"
         "print(open(fetch(f'own-{name}:latest').download('mine') + '/n').read())"
     )

@@ -152,14 +152,16 @@ class Served:
 
 CREATE = "mutation M($input: CreateArtifactInput!) { createArtifact(input: $input) { artifact { id state } } }"
 FILES = """mutation M($input: CreateArtifactFilesInput!) { createArtifactFiles(input: $input) { files { edges { node {
-  uploadUrl uploadHeaders storagePath uploadMultipartUrls { uploadID uploadUrlParts { partNumber uploadUrl } } artifact { id } } } } } }"""
+  uploadUrl uploadHeaders storagePath uploadMultipartUrls { uploadID uploadUrlParts { partNumber uploadUrl } }
+  artifact { id } } } } } }"""
 MANIFEST = (
     """mutation M($input: X!) { createArtifactManifest(input: $input) { artifactManifest { id file { id uploadUrl } } } }"""
 )
 COMMIT = "mutation M($id: ID!) { commitArtifact(input: {artifactID: $id}) { artifact { id digest } } }"
 NAMED = """query Q($e: String, $p: String, $n: String!) { project(entityName: $e, name: $p) {
   artifactCollectionMembership(name: $n) { versionIndex artifact { id digest aliases { alias } } } } }"""
-BY_ID = "query Q($id: ID!) { artifact(id: $id) { id state currentManifest { file { directUrl } } files { edges { node { name directUrl } } } } }"
+BY_ID = """query Q($id: ID!) { artifact(id: $id) { id state currentManifest { file { directUrl } }
+  files { edges { node { name directUrl } } } } }"""
 
 
 def md5_of(data: bytes) -> str:
@@ -280,11 +282,11 @@ def test_what_is_hidden_looks_like_what_is_not_there(served: Served) -> None:
             served.graphql(query, {"e": entity, "p": "p", "n": "hidden:v0"}, served.stranger) for entity in ("acme", "nobody")
         ]
         assert seen[0] == seen[1] == {"data": {"project": None}}
-    for given in (id, absent, pending):
-        assert served.graphql(BY_ID, {"id": given}, served.stranger) == {"data": {"artifact": None}}
+    for shown in (id, absent, pending):
+        assert served.graphql(BY_ID, {"id": shown}, served.stranger) == {"data": {"artifact": None}}
         for field in ("useArtifact", "deleteArtifact", "commitArtifact", "updateArtifact"):
             query = f"mutation M($input: X!) {{ {field}(input: $input) {{ __typename }} }}"
-            input = {"artifactID": given, "entityName": "other", "projectName": "p", "runName": "r"}
+            input = {"artifactID": shown, "entityName": "other", "projectName": "p", "runName": "r"}
             text = served.message(query, served.stranger, input=input)
             assert "not found" in text and "permitted" not in text and "read" not in text, text
     assert served.data('query Q { entity(name: "acme") { name } }', served.stranger) is None
@@ -475,7 +477,7 @@ def allowed(key: str, name: str) -> bool:
 
 @pytest.mark.parametrize("name", BAD_NAMES)
 def test_no_name_leads_outside(served: Served, name: str) -> None:
-    before = {path for path in served.root.parent.iterdir()}
+    before = set(served.root.parent.iterdir())
     for key in ("entityName", "projectName", "artifactCollectionName", "artifactTypeName"):
         input = {
             "entityName": "acme",
@@ -509,7 +511,7 @@ def test_no_name_leads_outside(served: Served, name: str) -> None:
     )
     files = {"entityName": "acme", "projectName": "p", "runName": "r", "files": [name]}
     served.graphql("mutation M($i: X) { createRunFiles(input: $i) { files { name uploadUrl } } }", {"i": files})
-    assert {path for path in served.root.parent.iterdir()} == before
+    assert set(served.root.parent.iterdir()) == before
 
 
 @pytest.mark.parametrize(
@@ -567,9 +569,18 @@ def test_hostile_manifests(served: Served, contents: Any, message: str) -> None:
 
 @pytest.mark.parametrize(
     "manifest",
-    [b"", b"[]", b"{", b'{"version": 2, "contents": {}}', b'{"contents": {}}', b"\xff" * 9, b'{"version": 1, "contents": [1]}', b"[" * 99999,
-     b'{"version": 1, "contents": {"a": {"digest": "x", "ref": "s3://b/k"}, "a": {"digest": "y", "ref": "s3://b/k"}}}'],
-)  # fmt: skip
+    [
+        b"",
+        b"[]",
+        b"{",
+        b'{"version": 2, "contents": {}}',
+        b'{"contents": {}}',
+        b"\xff" * 9,
+        b'{"version": 1, "contents": [1]}',
+        b"[" * 99999,
+        b'{"version": 1, "contents": {"a": {"digest": "x", "ref": "s3://b/k"}, "a": {"digest": "y", "ref": "s3://b/k"}}}',
+    ],
+)
 def test_what_is_no_manifest(served: Served, manifest: bytes) -> None:
     artifact = served.begin(artifactCollectionName="broken")
     served.put_manifest(artifact, manifest)
@@ -612,8 +623,20 @@ def test_large_documents(served: Served) -> None:
 
 
 def test_bodies_that_are_no_requests(served: Served) -> None:
-    for body in (b"", b"null", b"[]", b"5", b'"x"', b"{}", b'{"query": 5}', b'{"query": "{ viewer { id } }", "variables": []}', b"\xff", b"[" * 100_000,
-                 b'{"query": "{ viewer { id } }", "operationName": {}}', b'{"query": "{ viewer { id } }", "operationName": "Other"}'):  # fmt: skip
+    for body in (
+        b"",
+        b"null",
+        b"[]",
+        b"5",
+        b'"x"',
+        b"{}",
+        b'{"query": 5}',
+        b'{"query": "{ viewer { id } }", "variables": []}',
+        b"\xff",
+        b"[" * 100_000,
+        b'{"query": "{ viewer { id } }", "operationName": {}}',
+        b'{"query": "{ viewer { id } }", "operationName": "Other"}',
+    ):
         answer = served.post(body)
         assert answer.status_code in (200, 400) and answer.json()["errors"], body[:50]
 
@@ -638,8 +661,8 @@ def test_slow_clients(tmp_path: Path) -> None:
         begun = time.monotonic()
         with socket.create_connection(("127.0.0.1", served.port), timeout=10) as idle:
             assert idle.recv(1) == b""
-        with socket.create_connection(("127.0.0.1", served.port), timeout=10) as slow:
-            with contextlib.suppress(OSError):  # a byte now and then does not help
+        with socket.create_connection(("127.0.0.1", served.port), timeout=10) as slow, contextlib.suppress(OSError):
+            if slow:  # a byte now and then does not help
                 for byte in b"GET /healthz HTTP/1.1\r\nHost: x\r\n":
                     slow.sendall(bytes([byte]))
                     slow.settimeout(0.1)
@@ -836,11 +859,40 @@ _VALUE = st.recursive(
 )
 _FIELDS = sorted(schema.schema().mutation_type.fields)
 _KEYS = [
-    "entityName", "projectName", "modelName", "name", "id", "artifactID", "artifactTypeName", "artifactCollectionName", "digest", "aliases",
-    "tags", "metadata", "ttlDurationSeconds", "clientID", "distributedID", "runName", "artifactFiles", "artifactManifestID", "type",
-    "baseArtifactID", "uploadID", "completedParts", "artifactPortfolioName", "artifactPortfolioID", "artifactSequenceID", "files",
-    "destinationArtifactTypeName", "tagsToAdd", "config", "summaryMetrics", "description", "digestAlgorithm", "deleteAliases",
-]  # fmt: skip
+    "entityName",
+    "projectName",
+    "modelName",
+    "name",
+    "id",
+    "artifactID",
+    "artifactTypeName",
+    "artifactCollectionName",
+    "digest",
+    "aliases",
+    "tags",
+    "metadata",
+    "ttlDurationSeconds",
+    "clientID",
+    "distributedID",
+    "runName",
+    "artifactFiles",
+    "artifactManifestID",
+    "type",
+    "baseArtifactID",
+    "uploadID",
+    "completedParts",
+    "artifactPortfolioName",
+    "artifactPortfolioID",
+    "artifactSequenceID",
+    "files",
+    "destinationArtifactTypeName",
+    "tagsToAdd",
+    "config",
+    "summaryMetrics",
+    "description",
+    "digestAlgorithm",
+    "deleteAliases",
+]
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -864,7 +916,8 @@ READ = """query Q($a: X, $b: X, $c: X, $d: X) {
   known: project(entityName: "acme", name: "p") { artifact(name: $c) { id } artifactType(name: $c) { id }
     artifactCollections(filters: $d, order: $c, first: $b, after: $a) { totalCount }
     artifactCollection(name: "bikes") { aliases(first: $b) { totalCount } artifacts(filters: $d, order: $c) { totalCount }
-      artifactMembership(aliasName: $d) { files(names: $d, first: $c, after: $b) { totalCount edges { node { id md5 url } } } } } }
+      artifactMembership(aliasName: $d) { files(names: $d, first: $c, after: $b) { totalCount
+        edges { node { id md5 url } } } } } }
   artifact(id: $a) { id filesByManifestEntries(entries: $b) { totalCount } usedBy { totalCount } }
   artifactCollection(id: $b) { id }
   clientIDMapping(clientID: $c) { serverID }
