@@ -223,6 +223,7 @@ run.finish()
     }
 
 
+@pytest.mark.slow
 def test_edits(client: Client) -> None:
     shown = client.run(
         """
@@ -234,7 +235,7 @@ it = fetch("bikes:v0")
 it.aliases.append("gold"); it.aliases.remove("old"); it.tags = ["kept", "two words"]
 it.metadata = {"m": 1}; it.description = "described"; it.save()
 now = fetch("bikes:gold")
-show(version=now.version, aliases=now.aliases, tags=now.tags, metadata=now.metadata, text=now.description, ttl=now.ttl)
+show(version=now.version, aliases=now.aliases, tags=sorted(now.tags), metadata=now.metadata, text=now.description, ttl=now.ttl)
 moved = fetch("bikes:v1"); moved.aliases.append("gold"); moved.save()
 now.ttl = None; now.save()
 show(moved=fetch("bikes:gold").version, ttl_none=fetch("bikes:v0").ttl)
@@ -278,6 +279,7 @@ run.finish()
     }
 
 
+@pytest.mark.slow
 def test_links_and_registries(client: Client) -> None:
     shown = client.run(
         """
@@ -325,6 +327,7 @@ run.finish()
     }
 
 
+@pytest.mark.slow
 def test_tables_references_and_files(client: Client) -> None:
     (client.home / "local").mkdir()
     (client.home / "local/r.txt").write_text("referenced")
@@ -390,6 +393,7 @@ run.finish()
     }
 
 
+@pytest.mark.slow
 def test_what_was_logged_natively_is_served(client: Client) -> None:
     """Contents have BLAKE3 digests then; the client's checks are of MD5."""
     source = client.home / "native"
