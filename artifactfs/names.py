@@ -124,23 +124,23 @@ def _check_namespace(what: str, name: str) -> str:
     return name
 
 
-def check_type(artifact_type: str, name: str = "") -> str:
+def check_type(artifact_type: str, name: str = "", reserved: bool = False) -> str:
     """``artifact_type``, if a user may give it to the collection ``name``.
 
-    Not empty, at most 128 characters, no ``/`` or ``:``, and none of W&B's reserved types (``wandb-…``; ``job``;
-    ``run_table`` for ``run-…``; ``code`` for ``source-…``).
+    Not empty, at most 128 characters, no ``/`` or ``:``, and unless ``reserved`` none of W&B's reserved types (``wandb-…``;
+    ``job``; ``run_table`` for ``run-…``; ``code`` for ``source-…``).
     """
     if not artifact_type or len(artifact_type) > MAX_NAME or not artifact_type.isprintable():
         raise InvalidNameError(f"artifact type {artifact_type[:40]!r} must be 1 to {MAX_NAME} printable characters long")
     if "/" in artifact_type or ":" in artifact_type:
         raise InvalidNameError(f"artifact type {artifact_type!r} may not contain / or :")
-    reserved = (
+    is_reserved = (
         artifact_type.startswith("wandb-")
         or artifact_type == "job"
         or (artifact_type == "run_table" and name.startswith("run-"))
         or (artifact_type == "code" and name.startswith("source-"))
     )
-    if reserved:
+    if is_reserved and not reserved:
         raise InvalidNameError(f"artifact type {artifact_type!r} is reserved for internal use; choose another type")
     return artifact_type
 

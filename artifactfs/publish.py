@@ -139,7 +139,7 @@ def _checked(draft: Draft) -> Draft:
     if draft.semver not in ("", NEXT):
         SemVer.parse(draft.semver)
     if draft.type:
-        check_type(draft.type, draft.name.collection)
+        check_type(draft.type, draft.name.collection, draft.reserved_type)
     if draft.ttl is not None and not 0 < draft.ttl <= MAX_TTL:
         raise UsageError(f"a time to live of {draft.ttl} seconds cannot be; it must be at least one")
     if not draft.commit:

@@ -25,6 +25,11 @@ IMPORTERS = {
     "boto3": "artifactfs.buckets",
     "botocore": "artifactfs.buckets",
     "obstore": "artifactfs.buckets",
+    "starlette": "artifactfs.serve",
+    "uvicorn": "artifactfs.serve",
+    "graphql": "artifactfs.serve",
+    "prometheus_client": "artifactfs.serve",
+    "ijson": "artifactfs.serve",
 }
 BANNED_NAMES = {"utils", "util", "helpers", "helper", "common", "constants", "types", "misc", "interfaces"}
 

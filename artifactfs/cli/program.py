@@ -57,6 +57,7 @@ COMMANDS = {
     "cache": _Entry("upkeep", "Show, prune or verify the cache."),
     "gc": _Entry("upkeep", "Remove what no version refers to any more."),
     "fsck": _Entry("upkeep", "Check everything in the store."),
+    "serve": _Entry("serve", "Serve the store to wandb clients."),
     "doctor": _Entry("upkeep", "Check libfuse, /dev/fuse, settings, store and cache."),
 }
 _ALIASES = {"umount": "unmount"}

@@ -26,7 +26,8 @@ class Draft:
     store, for the next attempt.
 
     ``semver``: the semantic version to give it, :data:`~artifactfs.store.semvers.NEXT` for the next one, "" for none unless the
-    collection's versions have them. ``always``: make a version also where nothing had changed.
+    collection's versions have them. ``always``: make a version also where nothing had changed. ``reserved_type``: the type may be
+    one that W&B's clients use by themselves.
     """
 
     name: ArtifactName
@@ -51,6 +52,7 @@ class Draft:
     semver: str = ""
     always: bool = False
     since: int = -1
+    reserved_type: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
