@@ -15,6 +15,7 @@ from artifactfs.cli.output import Column
 from artifactfs.cli.session import Group, Session, pass_session
 from artifactfs.errors import UsageError
 from artifactfs.settings import parse_size
+from artifactfs.store.native import native_store
 from artifactfs.store.urls import open_store
 
 
@@ -86,7 +87,8 @@ def _serve(session: Session, options: dict[str, Any]) -> None:
     if not keys.all():
         session.warn(f"there are no keys in {key_file}: nobody is let in; artifactfs serve key add NAME --entity E makes one")
     cache = BlockCache(session.settings.cache_dir, session.settings.cache_size)
-    service = Service(open_store(session.settings.store, cache), cache, State(data), keys, chosen)
+    store = native_store(open_store(session.settings.store, cache), "served: its clients speak to it directly")
+    service = Service(store, cache, State(data), keys, chosen)
     try:
         listening = server.bound_socket(chosen)
         url = chosen.public_url or server.url_of(chosen, listening)

@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Iterator
 from typing import IO, Any
 
-import ijson  # type: ignore[import-untyped]  # it has no stubs
+import ijson
 import msgspec
 
 from artifactfs.errors import InvalidNameError, UsageError
