@@ -29,7 +29,7 @@ IMPORTERS = {
     "uvicorn": "artifactfs.serve",
     "graphql": "artifactfs.serve",
     "prometheus_client": "artifactfs.serve",
-    "ijson": "artifactfs.serve",
+    "ijson": "artifactfs.jsonstream",
 }
 BANNED_NAMES = {"utils", "util", "helpers", "helper", "common", "constants", "types", "misc", "interfaces"}
 

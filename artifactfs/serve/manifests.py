@@ -9,10 +9,10 @@ import itertools
 from collections.abc import Iterator
 from typing import IO, Any
 
-import ijson
 import msgspec
 
 from artifactfs.errors import InvalidNameError, UsageError
+from artifactfs.jsonstream import items, members, value
 from artifactfs.manifest import version_id
 from artifactfs.model import BLAKE3, MD5, XXH128, Dir, Entry, File, Ref, Symlink, Version
 from artifactfs.names import entry_path
@@ -22,8 +22,6 @@ from artifactfs.tree import Tree
 MAX_PATH = 4096
 MAX_TEXT = 16384
 """Characters of a digest or reference at most."""
-
-MAX_DEPTH = 8
 
 _ENCODE = msgspec.json.Encoder().encode
 _PIECE = 64 << 10
@@ -110,62 +108,21 @@ class Listed(msgspec.Struct, frozen=True, kw_only=True):
 def read_manifest(file: IO[bytes]) -> Iterator[Listed]:
     """The entries of an uploaded manifest, in its order. UsageError for what is none, InvalidNameError for a path that cannot be,
     after what came before it. ``local_path`` and keys that we do not know are passed over."""
+    version: Any = None
     try:
-        yield from _Parsing(ijson.basic_parse(file, use_float=True)).entries()
-    except (ijson.JSONError, UnicodeDecodeError, OverflowError) as error:
-        raise UsageError(f"the manifest is no JSON that can be read: {str(error)[:200]}") from None
-
-
-class _Parsing:
-    """The events of a JSON document, of which no more than one entry is ever held. Its depth is bounded: what a parser keeps of
-    the way down grows with it."""
-
-    def __init__(self, events: Iterator[tuple[str, Any]]) -> None:
-        self._events = events
-
-    def entries(self) -> Iterator[Listed]:
-        self._expect("start_map", "is no JSON object")
-        version: Any = None
-        for key in self._keys():
+        for key, events in members(file):
             if key == "contents":
-                self._expect("start_map", "has contents that are no object")
-                for path in self._keys():
-                    yield _listed(path, self._value(*self._next(), 0))
+                for path, fields in items(events):
+                    yield _listed(path, fields)
             else:
-                value = self._value(*self._next(), 0)
-                version = value if key == "version" else version
-        if version != 1 or isinstance(version, bool):
-            raise UsageError(f"the manifest has version {str(version)[:20]!r}; this server knows version 1")
-
-    def _next(self) -> tuple[str, Any]:
-        event = next(self._events, None)
-        if event is None:
-            raise UsageError("the manifest ends too early")
-        return event
-
-    def _expect(self, event: str, otherwise: str) -> None:
-        if self._next()[0] != event:
-            raise UsageError(f"the manifest {otherwise}")
-
-    def _keys(self) -> Iterator[str]:
-        """The keys of the object that has begun; the value of each must be taken before the next is asked for."""
-        while True:
-            event, value = self._next()
-            if event == "end_map":
-                return
-            yield value
-
-    def _value(self, event: str, value: Any, depth: int) -> Any:
-        if depth > MAX_DEPTH:
-            raise UsageError(f"the manifest is nested more than {MAX_DEPTH} levels deep")
-        if event == "start_map":
-            return {key: self._value(*self._next(), depth + 1) for key in self._keys()}
-        if event == "start_array":
-            items = []
-            while (following := self._next())[0] != "end_array":
-                items.append(self._value(*following, depth + 1))
-            return items
-        return value
+                found = value(events)
+                version = found if key == "version" else version
+    except UsageError:
+        raise
+    except ValueError as error:
+        raise UsageError(f"the manifest cannot be read: {str(error)[:200]}") from None
+    if version != 1 or isinstance(version, bool):
+        raise UsageError(f"the manifest has version {str(version)[:20]!r}; this server knows version 1")
 
 
 def _listed(path: Any, fields: Any) -> Listed:

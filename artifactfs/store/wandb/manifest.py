@@ -9,13 +9,12 @@ from __future__ import annotations
 import base64
 import binascii
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import IO, Any, NamedTuple
 from urllib.parse import quote
 
-import ijson
-
 from artifactfs.errors import IntegrityError
+from artifactfs.jsonstream import items, members, value
 from artifactfs.model import MD5, XXH128, Entry, Ref, Remote, remote_id, scheme_of
 
 ARTIFACT_SCHEME = "wandb-artifact"
@@ -23,8 +22,6 @@ _MAX_SIZE = 1 << 62
 _SPOOL = 8 << 20
 _PINS = ("etag", "versionID")
 _CONTENTS = "contents"
-_DEEP = 32
-_OPENS: dict[str, Callable[[], Any]] = {"start_map": dict, "start_array": list}
 
 
 class Locator(NamedTuple):
@@ -68,88 +65,33 @@ def read(file: IO[bytes], url: str, artifact: str, where: str) -> Iterator[tuple
         if layout not in ("V1", "V2") or "\n" in region:
             raise IntegrityError(f"the manifest of {where} has a storage layout that is not known: {layout[:20]!r}")
         found = False
-        for key, events in _members(file):
+        file.seek(0)
+        for key, events in members(file):
             if key == _CONTENTS:
                 found = True
-                for path, item in _items(events):
+                for path, item in items(events):
                     yield path, _entry(path, item, url, artifact, layout, region, where)
             else:
-                _value(*next(events), events)
+                value(events)
         if not found:
             raise IntegrityError(f"the manifest of {where} has no contents")
-    except (ijson.JSONError, UnicodeDecodeError, StopIteration, ValueError) as error:
+    except ValueError as error:
         raise IntegrityError(f"the manifest of {where} cannot be read: {str(error)[:120]!r}") from None
-
-
-# ijson makes a text of the whole path for each level, which a few kilobytes of brackets would fill any memory with: so its plain
-# events are put together here, to a bounded depth.
-
-_Events = Iterator[tuple[str, Any]]
-
-
-def _members(file: IO[bytes]) -> Iterator[tuple[str, _Events]]:
-    """The members of the outermost object: each key, and the events of its value, all of which must be taken."""
-    file.seek(0)
-    events: _Events = ijson.basic_parse(file, use_float=True)
-    if next(events)[0] != "start_map":
-        raise ValueError("it is no object")
-    for event, key in events:
-        if event == "map_key":
-            yield key, events
 
 
 def _head(file: IO[bytes]) -> dict[str, Any]:
     """The members besides the contents, which mostly come first."""
     found: dict[str, Any] = {}
-    for key, events in _members(file):
+    file.seek(0)
+    for key, events in members(file):
         if key == _CONTENTS:
-            for _ in _items(events):
+            for _ in items(events):
                 pass
         else:
-            found[key] = _value(*next(events), events)
+            found[key] = value(events)
         if {"version", "storagePolicyConfig"} <= found.keys():
             break
     return found
-
-
-def _items(events: _Events) -> Iterator[tuple[str, Any]]:
-    """The members of the object that begins, one at a time."""
-    if next(events)[0] != "start_map":
-        raise ValueError("its contents are no object")
-    for event, key in events:
-        if event == "end_map":
-            return
-        yield key, _value(*next(events), events)
-
-
-def _value(event: str, value: Any, events: _Events) -> Any:
-    """The value that begins with an event."""
-    if event not in _OPENS:
-        return value
-    whole = _OPENS[event]()
-    stack: list[Any] = [whole]
-    keys: list[str] = [""]
-    for event, value in events:
-        if event == "map_key":
-            keys[-1] = value
-            continue
-        if event in ("end_map", "end_array"):
-            stack.pop()
-            keys.pop()
-            if not stack:
-                return whole
-            continue
-        item = _OPENS[event]() if event in _OPENS else value
-        if isinstance(stack[-1], dict):
-            stack[-1][keys[-1]] = item
-        else:
-            stack[-1].append(item)
-        if event in _OPENS:
-            if len(stack) >= _DEEP:
-                raise ValueError("it is nested too deeply")
-            stack.append(item)
-            keys.append("")
-    raise ValueError("it ends too early")
 
 
 def _entry(path: str, item: Any, url: str, artifact: str, layout: str, region: str, where: str) -> Entry:
