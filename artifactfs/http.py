@@ -21,7 +21,6 @@ import os
 import re
 import socket
 import ssl
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -43,6 +42,7 @@ from artifactfs.errors import (
     SourceChangedError,
     UsageError,
 )
+from artifactfs.forking import new_lock
 
 _RETRY_AFTER_MAX = 30.0  # a server that asks for more is asked again after this many seconds, if the deadline allows
 _PIECE = 256 << 10  # at most this much is read at once; what has arrived is passed on without waiting for more
@@ -168,7 +168,7 @@ class _Session(requests.Session):
         return target
 
 
-_lock = threading.Lock()
+_lock = new_lock()
 _shared: _Session | None = None
 
 
@@ -193,10 +193,9 @@ def _new_session() -> _Session:
 
 
 def _forget_session() -> None:
-    """In a forked child: the parent's connections are the parent's, and its lock may have been held."""
-    global _shared, _lock
+    """In a forked child: the parent's connections are the parent's."""
+    global _shared
     _shared = None
-    _lock = threading.Lock()
 
 
 os.register_at_fork(after_in_child=_forget_session)
