@@ -15,10 +15,11 @@ from collections import deque
 from collections.abc import Callable
 
 from artifactfs.errors import UsageError
+from artifactfs.forking import new_lock
 
 _log = logging.getLogger(__name__)
 
-_lock = threading.Lock()
+_lock = new_lock()
 _lanes: dict[str, deque[Commit]] = {}
 
 
@@ -83,8 +84,7 @@ def _nothing() -> None:
 
 
 def _forget_lanes() -> None:
-    global _lock
-    _lock = threading.Lock()
+    """In a forked child: the parent commits what it began."""
     _lanes.clear()
 
 

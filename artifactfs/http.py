@@ -21,7 +21,6 @@ import os
 import re
 import socket
 import ssl
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
@@ -44,6 +43,7 @@ from artifactfs.errors import (
     SourceChangedError,
     UsageError,
 )
+from artifactfs.forking import new_lock
 
 _RETRY_AFTER_MAX = 30.0  # a server that asks for more is asked again after this many seconds, if the deadline allows
 _PIECE = 256 << 10  # at most this much is read at once; what has arrived is passed on without waiting for more
@@ -329,7 +329,7 @@ _OWN = "artifactfs-own-credentials"
 OWN_CREDENTIALS: Mapping[str, str] = {_OWN: ""}
 """To be among the ``headers`` of a request that has its credentials in them or in its URL. Never sent."""
 
-_lock = threading.Lock()
+_lock = new_lock()
 _shared: dict[bool, _Session] = {}
 
 
@@ -352,10 +352,8 @@ def _new_session(session: _Session) -> _Session:
 
 
 def _forget_session() -> None:
-    """In a forked child: the parent's connections are the parent's, and its lock may have been held."""
-    global _shared, _lock
-    _shared = {}
-    _lock = threading.Lock()
+    """In a forked child: the parent's connections are the parent's."""
+    _shared.clear()
 
 
 os.register_at_fork(after_in_child=_forget_session)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import getpass
 import os
-import threading
 from typing import Any, Protocol
 
 from artifactfs import settings as _settings
 from artifactfs.cache import BlockCache
 from artifactfs.errors import UsageError
+from artifactfs.forking import new_lock
 from artifactfs.links import parse_name
 from artifactfs.names import ArtifactName, check_entity
 from artifactfs.reader import Reader
@@ -28,14 +28,14 @@ class Session:
         self.cache = BlockCache(settings.cache_dir, settings.cache_size)
         self.store: Store = open_store(settings.store, self.cache)
         self._reader: Reader | None = None
-        self._lock = threading.Lock()
+        self._lock = new_lock()
         self._process = os.getpid()
 
     @property
     def reader(self) -> Reader:
         """Reads stored contents and references, checked; opened when it is first needed."""
-        if self._process != os.getpid():  # forked: the threads and locks of the parent's reader are not ours
-            self._process, self._lock, self._reader = os.getpid(), threading.Lock(), None
+        if self._process != os.getpid():  # forked: the threads of the parent's reader are not ours
+            self._process, self._reader = os.getpid(), None
         with self._lock:
             if self._reader is None:
                 self._reader = Reader(self.store, self.cache)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import itertools
 import operator
-import threading
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import ClassVar, TypeVar
@@ -26,6 +25,7 @@ from cachetools import LRUCache
 
 from artifactfs.content import manifest_digest
 from artifactfs.errors import IntegrityError
+from artifactfs.forking import new_lock
 from artifactfs.model import BLAKE3, Count, Digest, Dir, Entry, Extent, File, Page, Ref, Remote, Symlink, named
 from artifactfs.names import MAX_PATH_PART
 
@@ -147,7 +147,7 @@ class Tree:
         told of a page before it is loaded, with the entries of the page, directories and index children, that names it."""
         self._load = load
         self._ahead = ahead
-        self._lock = threading.Lock()
+        self._lock = new_lock()
         self._pages: LRUCache[bytes, _Names] = LRUCache(cache_bytes, getsizeof=lambda page: page.cost)
 
     def beside(self, pages: Mapping[bytes, bytes]) -> Tree:
@@ -449,7 +449,7 @@ class PageOrder:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = new_lock()
         self._walks: LRUCache[bytes, tuple[int, int]] = LRUCache(_WALKS)  # by the first: the last missing one, and a window
 
     def after(self, page: Page, among: Sequence[object]) -> list[Page]:

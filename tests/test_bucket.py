@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -186,6 +188,45 @@ def test_a_forked_child_uses_the_bucket(s3: Bucket) -> None:
             os._exit(2)
     assert os.waitpid(child, 0)[1] == 0
     assert s3.get("child", 1)[0] == b"1"
+
+
+_FORKING = """
+import os, signal, sys, threading
+from artifactfs.buckets import open_bucket
+
+buckets = [open_bucket("s3", sys.argv[1], {}, deadline=n) for n in (20, 21, 22, 23)]
+stop = threading.Event()
+
+def busy(bucket):
+    while not stop.is_set():
+        bucket.get("k", 1 << 20)
+
+threads = [threading.Thread(target=busy, args=(bucket,), daemon=True) for bucket in buckets]
+for thread in threads:
+    thread.start()
+for number in range(24):
+    child = os.fork()
+    if not child:
+        signal.alarm(30)
+        if number % 10 == 0:
+            assert buckets[number % 4].get("k", 1 << 20)[0]
+        del buckets, threads
+        if number % 2:
+            os._exit(0)
+        sys.exit(0)
+    status = os.waitpid(child, 0)[1]
+    assert status == 0, f"child {number} ended with {status}"
+stop.set()
+"""
+
+
+@pytest.mark.slow
+def test_children_forked_while_requests_are_under_way_do_not_hang(bucket: Made) -> None:
+    """What their parent had open is nothing that they could close."""
+    bucket.put("k", b"little")
+    command = [sys.executable, "-c", _FORKING, bucket.name]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,13 @@ Importing this package is cheap; the libraries (0.3 s) are imported with the fir
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Mapping
 
 from artifactfs.attempts import DEADLINE
 from artifactfs.buckets.bucket import Bucket
 from artifactfs.buckets.service import ANY, Multipart, NoBucketError, Pin, Stat
 from artifactfs.errors import UsageError
+from artifactfs.forking import new_lock
 
 __all__ = ["ANY", "OPTIONS", "Bucket", "Multipart", "NoBucketError", "Pin", "Stat", "open_bucket"]
 
@@ -29,7 +29,7 @@ OPTIONS = {
 }
 """What can be said of a bucket by scheme; none of it is secret."""
 
-_lock = threading.Lock()
+_lock = new_lock()
 _open: dict[tuple[str, str, tuple[tuple[str, str], ...], float], Bucket] = {}
 
 
@@ -68,9 +68,7 @@ def _new_bucket(scheme: str, name: str, options: Mapping[str, str], deadline: fl
 
 
 def _forget() -> None:
-    """In a forked child: the parent's lock may have been held, and what was opened depends on the environment of then."""
-    global _lock
-    _lock = threading.Lock()
+    """In a forked child: what was opened depends on the environment of then."""
     _open.clear()
 
 

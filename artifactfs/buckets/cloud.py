@@ -6,16 +6,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from obstore import open_writer
 from obstore.store import AzureStore, GCSStore
 
-from artifactfs.buckets.rust import ONCE, AnyStore, Wire, client_options, speakable, usable
+from artifactfs.buckets.rust import ONCE, AnyStore, Wire, client_options, lasting, speakable, usable
 from artifactfs.buckets.service import Answer, Data, Pin, Stat
 from artifactfs.errors import NotFoundError, NotPermittedError, UsageError
+from artifactfs.forking import new_lock
 
 _PART = 8 << 20
 _STREAMS = 4
@@ -57,7 +57,7 @@ class CloudService:
         self.url = url
         self._make = make
         self._generations = generations
-        self._lock = threading.Lock()
+        self._lock = new_lock()
         self._made: Wire | None = None
         self._patient: AnyStore | None = None
 
@@ -87,7 +87,7 @@ class CloudService:
         self._wire(key)
         with self._lock:
             if self._patient is None:  # obstore itself retries parts: no condition hangs on them
-                self._patient = self._make()
+                self._patient = lasting(self._make())
         return _Upload(self._patient, key)
 
     def drop_uploads(self, prefix: str, before: float) -> int:

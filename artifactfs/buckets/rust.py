@@ -7,11 +7,12 @@ It cannot be used in a child that was forked after its first request (:func:`usa
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import os
 import re
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import obstore
 from obstore import exceptions
@@ -25,6 +26,7 @@ if TYPE_CHECKING:  # obstore has these for type checkers only
     from obstore.store import ClientConfig, RetryConfig
 
 AnyStore = S3Store | GCSStore | AzureStore
+_AnyStore = TypeVar("_AnyStore", S3Store, GCSStore, AzureStore, AnyStore)
 
 STAMP = "artifactfsstamp"  # Azure takes letters only in the names of metadata
 _PIECE = 256 << 10  # at least this much is handed over at once: less would cost more CPU, more would hold back what is there
@@ -68,6 +70,13 @@ def client_options(deadline: float, certificates: bytes = b"", proxy: str = "") 
 ONCE: RetryConfig = {"max_retries": 0}
 
 
+def lasting(store: _AnyStore) -> _AnyStore:
+    """``store``, which now lives as long as its process, and as all that are forked from it: to close the connections of a
+    parent a child would wait for threads that it does not have. There is one for each bucket and each renewal of credentials."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(store))
+    return store
+
+
 class Wire:
     """One attempt at a request for an object of ``store``.
 
@@ -75,7 +84,7 @@ class Wire:
     """
 
     def __init__(self, store: AnyStore, url: str, generations: bool = False) -> None:
-        self.store = store
+        self.store = lasting(store)
         self._url = url
         self._generations = generations
 

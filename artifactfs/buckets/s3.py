@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from artifactfs.attempts import CONNECT_TIMEOUT, READ_TIMEOUT, TransientError
 from artifactfs.buckets.rust import ONCE, STAMP, Wire, client_options, speakable, usable
 from artifactfs.buckets.service import Answer, Data, NotPartialError, Pin, Stat, explained, opaque, quoted
 from artifactfs.errors import NetworkError, NotFoundError, NotPermittedError, UsageError, from_os_error
+from artifactfs.forking import new_lock
 
 _TOKEN_LIFE = datetime.timedelta(minutes=30)  # boto3 is asked again after this: it knows when credentials must be renewed
 _CONNECTIONS = 64  # kept: more streams than a mount ever has in flight
@@ -35,7 +35,7 @@ class S3Service:
         self._name = name
         self._options = options
         self._deadline = deadline
-        self._lock = threading.Lock()
+        self._lock = new_lock()
         self._clients: _Clients | None = None
         self._encryption = _encryption(options)
 
@@ -185,8 +185,6 @@ class S3Service:
         clients = self._clients
         if clients is not None and clients.process == os.getpid():
             return clients
-        if clients is not None:
-            self._lock = threading.Lock()  # the parent may have held it
         with self._lock:
             if self._clients is None or self._clients.process != os.getpid():
                 self._clients = self._connect()

@@ -49,7 +49,6 @@ import dataclasses
 import errno
 import logging
 import os
-import threading
 import time
 import weakref
 from collections.abc import Iterator
@@ -79,6 +78,7 @@ from artifactfs.cache.ledger import BusyError, StaleError
 from artifactfs.cache.space import Space
 from artifactfs.content import DIGEST_SIZE, block_digest
 from artifactfs.errors import ConflictError, NotPermittedError, from_os_error
+from artifactfs.forking import new_lock
 from artifactfs.model import BLOCK, Lying, block_count
 
 __all__ = ["LIST", "BlockCache", "CacheInfo", "CacheProblem", "CachedContent"]
@@ -136,7 +136,7 @@ class _Memory:
     """Open descriptors and checked blocks: bounded, shared by threads, forgotten at will."""
 
     def __init__(self, files: int) -> None:
-        self._lock = threading.Lock()
+        self._lock = new_lock()
         self._directories: LRUCache[tuple[bool, str], Fd] = LRUCache(_OPEN_DIRECTORIES)
         self._files: LRUCache[Place, Fd] = LRUCache(files)
         self._checked: LRUCache[Place, _Checked] = LRUCache(_CHECKED)
@@ -207,7 +207,7 @@ class BlockCache:
     def __init__(self, root: Path, limit: int) -> None:
         self.root = root
         self.limit = limit
-        self._opening = threading.Lock()
+        self._opening = new_lock()
         self._slot = _Slot()
         self._memory = _Memory(max(1, min(_OPEN_FILES, limit // _HELD_SHARE)))
         self._paused_until = 0.0

@@ -7,13 +7,13 @@ import fcntl
 import os
 import secrets
 import struct
-import threading
 import time
 from collections.abc import Iterator
 
 from blake3 import blake3
 
 from artifactfs.cache.layout import Fd, Tree, open_directory, open_read, open_update, scan
+from artifactfs.forking import new_lock
 
 LOCK_SECONDS = 1.0
 UNKNOWN = 2**63
@@ -57,7 +57,7 @@ class Ledger:
         """What was used after the latest grant."""
         self._tree = tree
         self._limit = limit
-        self._mutex = threading.Lock()
+        self._mutex = new_lock()
         self._file = open_update("ledger", tree.top)
         self._evict = open_update("evict", tree.top)
         self._writers = open_directory("writers", tree.top, create=True)

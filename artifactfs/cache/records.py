@@ -13,12 +13,12 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import threading
 from pathlib import Path
 
 from blake3 import blake3
 
 from artifactfs.content import DIGEST_SIZE
+from artifactfs.forking import new_lock
 
 CONTEXT = "artifactfs 2026-11 cached record v1"
 MOST = 1024
@@ -32,7 +32,7 @@ class Records:
     def __init__(self, root: Path, url: str) -> None:
         self._folder = root / "records"
         self._url = url
-        self._lock = threading.Lock()
+        self._lock = new_lock()
         self._put: dict[str, bytes] = {}  # by name, the check of what was last put: most are read again and again
 
     def get(self, key: str) -> bytes | None:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from artifactfs.cache.layout import Found, Place, Tree
 from artifactfs.cache.ledger import LOCK_SECONDS, UNKNOWN, BusyError, Ledger, StaleError
+from artifactfs.forking import new_lock
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ class Space:
         self.tree = tree
         self._limit = limit
         self._removed = removed
-        self._evicting = threading.Lock()
+        self._evicting = new_lock()
         self._hopeless_until = 0.0
         self._ledger = Ledger(tree, limit)
         if not self._ledger.valid():

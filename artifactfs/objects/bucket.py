@@ -13,9 +13,7 @@ ignore them silently, and commits would be lost. Such a store can be read.
 from __future__ import annotations
 
 import contextlib
-import os
 import secrets
-import threading
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +32,7 @@ from artifactfs.errors import (
     SourceChangedError,
     StoreFormatError,
 )
+from artifactfs.forking import new_lock
 from artifactfs.objects import ABSENT, MAX_RECORD, ObjectInfo
 from artifactfs.objects.parts import PartWriter
 
@@ -64,8 +63,7 @@ class BucketObjects:
         self._bucket = bucket
         self._prefix = prefix
         self._probed = False
-        self._lock = threading.Lock()
-        self._process = os.getpid()
+        self._lock = new_lock()
 
     def get(self, key: str) -> tuple[bytes, str]:
         with self._errors(key):
@@ -192,8 +190,6 @@ class BucketObjects:
 
     def _writable(self) -> None:
         """Probe the service once."""
-        if self._process != os.getpid():  # forked, perhaps while another thread held the lock
-            self._lock, self._process = threading.Lock(), os.getpid()
         with self._lock:
             if not self._probed:
                 self.probe()

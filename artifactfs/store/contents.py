@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import stat
-import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from itertools import accumulate
 
 from artifactfs.content import DIGEST_SIZE, CheckedBlocks
 from artifactfs.errors import IntegrityError, NotFoundError, from_os_error
+from artifactfs.forking import new_lock
 from artifactfs.model import BLOCK, Extent, Lying
 from artifactfs.objects import ObjectStore, object_key, stream
 
@@ -47,7 +47,7 @@ class LocalExtents:
         self._digests = b""
         self._checks = checks
         self._last = -1
-        self._lock = threading.Lock()
+        self._lock = new_lock()
         self._files: dict[bytes, _Opened] = {}
 
     def read(self, offset: int, size: int) -> bytes:

@@ -18,7 +18,6 @@ import logging
 import os
 import secrets
 import tempfile
-import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO
@@ -29,6 +28,7 @@ from cachetools import LRUCache
 
 from artifactfs.content import DIGEST_SIZE
 from artifactfs.errors import IntegrityError, InvalidNameError, from_os_error
+from artifactfs.forking import new_lock
 from artifactfs.model import Dir, Entry, Extent, Page, Ref, Remote, Symlink, named
 from artifactfs.names import entry_path
 from artifactfs.references.sorting import Sorted, tree_order
@@ -72,7 +72,7 @@ class KeptTrees:
         self._folder = root / "trees" if root is not None else None
         self._url = url
         self._limit = max(limit, _LEAST)
-        self._lock = threading.Lock()
+        self._lock = new_lock()
         self._open: LRUCache[str, _Kept] = LRUCache(_OPEN)
         self._own: dict[str, _Kept] = {}  # in temporary files: nobody could open them again
         self._making: dict[str, Result[_Kept]] = {}

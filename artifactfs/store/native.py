@@ -30,7 +30,6 @@ import datetime
 import itertools
 import logging
 import re
-import threading
 import urllib.parse
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
@@ -44,6 +43,7 @@ from artifactfs.cache import BlockCache
 from artifactfs.cache.records import Records
 from artifactfs.content import DIGEST_SIZE, MAX_CONTENT, CheckedBlocks, check_block_list
 from artifactfs.errors import ConflictError, IntegrityError, InvalidNameError, NotFoundError, StoreFormatError, UsageError
+from artifactfs.forking import new_lock
 from artifactfs.model import (
     BLOCK,
     OBJECT_PACK,
@@ -815,7 +815,7 @@ class _SharedChecks:
     """What this process has checked of the contents it read lately, so that an opened file is not checked all over again."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = new_lock()
         self._known: LRUCache[bytes, dict[bytes, CheckedBlocks]] = LRUCache(1024)
 
     def of(self, id: bytes) -> dict[bytes, CheckedBlocks]:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import logging
 import secrets
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 from urllib.parse import quote, urlencode
@@ -26,6 +25,7 @@ import msgspec
 from artifactfs import http
 from artifactfs.attempts import DEADLINE, Attempts, TransientError
 from artifactfs.errors import ArtifactFSError, ConflictError, NetworkError, NotFoundError, NotPermittedError, UsageError
+from artifactfs.forking import new_lock
 from artifactfs.store.comet.account import api_key, store_url
 
 _PATIENCE = 600.0  # seconds for the answer to an upload: the server stores it elsewhere before it answers
@@ -186,7 +186,7 @@ class CometClient:
         self.server = server
         self.url = store_url(server)
         self.deadline = deadline
-        self._lock = threading.Lock()
+        self._lock = new_lock()
         self._key = ""
 
     # Looking up

@@ -8,7 +8,6 @@ where a link leads. Every answer is compared with the size and with what the ser
 from __future__ import annotations
 
 import secrets
-import threading
 import time
 from collections.abc import Iterator
 
@@ -17,6 +16,7 @@ from cachetools import LRUCache
 
 from artifactfs import http
 from artifactfs.errors import IntegrityError, NetworkError, NotFoundError, NotPermittedError
+from artifactfs.forking import new_lock
 from artifactfs.model import File, Remote, remote_key
 from artifactfs.references import WholeOnly
 from artifactfs.store.comet.client import CometClient
@@ -32,7 +32,7 @@ class Links:
     """The signed URLs that a server gave, by asset. Threads may share one."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = new_lock()
         self._known: LRUCache[str, tuple[str, float]] = LRUCache(_LINKS)
 
     def get(self, locator: str) -> str:

@@ -24,7 +24,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import logging
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -40,6 +39,7 @@ from artifactfs.errors import (
     NotFoundError,
     UsageError,
 )
+from artifactfs.forking import new_lock
 from artifactfs.model import BLAKE3, Collection, Dir, Entry, File, Remote, Run, Version, remote_id
 from artifactfs.names import (
     LATEST,
@@ -92,7 +92,7 @@ class CometStore(ArtifactServer):
         self._folder = str(cache.root) if cache is not None else None
         self._links = contents.Links()
         self._deadline = deadline
-        self._lock = threading.Lock()
+        self._lock = new_lock()
         self._numbers: dict[tuple[str, str], dict[str, int]] = {}
 
     # The catalog

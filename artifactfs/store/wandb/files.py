@@ -11,7 +11,6 @@ import calendar
 import dataclasses
 import re
 import secrets
-import threading
 import time
 import urllib.parse
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from cachetools import LRUCache
 
 from artifactfs import http
 from artifactfs.errors import ArtifactFSError, IntegrityError, NotFoundError, NotPermittedError
+from artifactfs.forking import new_lock
 from artifactfs.model import Remote, remote_key
 from artifactfs.references import DEADLINE, WholeOnly
 from artifactfs.store.wandb import queries
@@ -58,7 +58,7 @@ class _Pages:
     """How far the pages of one version's URLs were fetched."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self.lock = new_lock()
         self.missed = 0
         self.cursor: str | None = None
         self.ended = False
@@ -70,7 +70,7 @@ class FileUrls:
     def __init__(self, client: Client, home: Callable[[str], Home]) -> None:
         self._client = client
         self._home = home
-        self._lock = threading.Lock()
+        self._lock = new_lock()
         self._urls: LRUCache[tuple[str, str], _Signed] = LRUCache(_URLS)
         self._pages: LRUCache[str, _Pages] = LRUCache(256)
 

@@ -12,7 +12,6 @@ import base64
 import datetime
 import json
 import logging
-import threading
 import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import IO, Any
@@ -32,6 +31,7 @@ from artifactfs.errors import (
     OfflineError,
     UsageError,
 )
+from artifactfs.forking import new_lock
 from artifactfs.model import (
     MD5,
     Collection,
@@ -70,7 +70,7 @@ class WandbStore(ArtifactServer):
         super().__init__(f"wandb://{client.netloc}", cache, offline)
         self.client = client
         self._urls = FileUrls(client, self._home)
-        self._lock = threading.Lock()
+        self._lock = new_lock()
         self._homes: LRUCache[str, Home] = LRUCache(_HOMES)
         self._answers: TTLCache[str, Any] = TTLCache(256, _REMEMBERED)
 
