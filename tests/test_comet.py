@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import io
-import itertools
 import json
 import os
 import subprocess
@@ -44,21 +43,16 @@ from artifactfs.names import ArtifactName
 from artifactfs.publish import Draft, publish
 from artifactfs.semver import SemVer
 
-_numbers = itertools.count()
 Files = dict[str, bytes]
 
 
-@pytest.fixture(params=["directory", "bucket"])
-def store(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+@pytest.fixture
+def store(place: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
     """A new store, which is that of the settings; the working directory is empty."""
-    url = str(tmp_path / "store")
-    if request.param == "bucket":
-        url = request.getfixturevalue("shared_bucket").store_url(f"comet/{next(_numbers)}")
-    monkeypatch.setenv("ARTIFACTFS_STORE", url)
     work = tmp_path / "work"
     work.mkdir()
     monkeypatch.chdir(work)
-    return url
+    return place
 
 
 @pytest.fixture
