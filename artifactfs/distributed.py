@@ -91,14 +91,12 @@ def _finish_closing(store: NativeStore, name: ArtifactName, id: str) -> _Finishe
     if record is None or record.closing is None:
         return None
     closing = record.closing
-    last = record.last
     try:
         version = _join(store, name, record, closing).version
-        last = version.name
     except (ConflictError, UsageError):
-        _settle(store, name, id, closing, last)
+        _settle(store, name, id, closing, record.last)
         raise
-    _settle(store, name, id, closing, last)
+    _settle(store, name, id, closing, version.name)
     for run in {part.run for part in closing.parts if part.run}:
         _note_run(store, run, version)
     return _Finished(version, closing.parts)
@@ -126,11 +124,12 @@ def _settle(store: NativeStore, name: ArtifactName, id: str, closing: Closing, l
 def _join(store: NativeStore, name: ArtifactName, record: Distributed, closing: Closing) -> Published:
     parts = closing.parts
     last = parts[-1]
+    roots = tuple(part.root for part in parts)
     metadata = {key: value for part in parts for key, value in part.metadata.items()}
     draft = Draft(
         name=name,
         type=record.type,
-        folder=_Union(store.tree, tuple(part.root for part in parts), "", None),
+        folder=_Union(store.tree, roots, "", None),
         commit=closing.commit,
         algorithm=record.algorithm,
         description=next((part.description for part in reversed(parts) if part.description is not None), None),
@@ -145,19 +144,18 @@ def _join(store: NativeStore, name: ArtifactName, record: Distributed, closing: 
     )
     if not closing.incremental:
         return publish(store, draft)
-    for attempt in range(_ATTEMPTS):
-        newest = store.newest(name)
-        folder = dataclasses.replace(draft.folder, base=newest.root if newest else None)  # type: ignore[type-var]  # a _Union
-        number = newest.number if newest else None
+    lost = 0
+    newest = store.newest(name)
+    while True:
+        folder = _Union(store.tree, roots, "", newest.root if newest else None)
+        over = {"base": newest.number, "expect_base": newest.number} if newest else {"base": None, "expect_base": -1}
         try:
-            return publish(
-                store, dataclasses.replace(draft, folder=folder, base=number, expect_base=-1 if number is None else number)
-            )
+            return publish(store, dataclasses.replace(draft, folder=folder, **over))
         except ConflictError:
-            again = store.newest(name)
-            if (again.number if again else None) == number or attempt == _ATTEMPTS - 1:
+            before, newest = newest, store.newest(name)
+            lost += 1
+            if (newest and newest.number) == (before and before.number) or lost == _ATTEMPTS:
                 raise
-    raise AssertionError("the loop returns or raises")
 
 
 def _new(id: str, draft: Draft) -> Distributed:

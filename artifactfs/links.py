@@ -30,18 +30,15 @@ def link_target(store: Store, text: str, source: Version, entity: str = "", proj
         raise UsageError(f"link target {text!r} names a version; write [[entity/]project/]collection, and give aliases apart")
     home = source.origin
     name = parse_name(store, text, entity or home.entity, project or home.project)
-    if is_registry(name.project):
-        organization = organization_of(store, home.entity)
-        explicit = text.count("/") == 2
-        if not explicit:
-            return ArtifactName(organization, name.project, name.collection)
-        if name.entity not in (organization, home.entity):
-            raise UsageError(
-                f"{home.entity} belongs to the organization {organization!r} and cannot link to a registry of {name.entity!r}; "
-                f"artifactfs entity {home.entity} --organization {name.entity} would change that"
-            )
-        return ArtifactName(organization, name.project, name.collection)
-    return name
+    if not is_registry(name.project):
+        return name
+    organization = organization_of(store, home.entity)
+    if text.count("/") == 2 and name.entity not in (organization, home.entity):
+        raise UsageError(
+            f"{home.entity} belongs to the organization {organization!r} and cannot link to a registry of {name.entity!r}; "
+            f"artifactfs entity {home.entity} --organization {name.entity} would change that"
+        )
+    return ArtifactName(organization, name.project, name.collection)
 
 
 def organization_of(store: Store, entity: str) -> str:

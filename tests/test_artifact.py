@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +44,9 @@ EMPTY_MD5 = "64e7c61456b10382e2f3b571ac24b659"
 
 
 @pytest.fixture(autouse=True)
-def workplace(isolated_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def workplace(desk: Path) -> Path:
     """Each test runs in a directory and with a store of its own."""
-    monkeypatch.setenv("ARTIFACTFS_STORE", str(tmp_path / "store"))
-    monkeypatch.setenv("ARTIFACTFS_ENTITY", "acme")
-    monkeypatch.setenv("ARTIFACTFS_PROJECT", "vision")
-    (tmp_path / "cwd").mkdir()
-    monkeypatch.chdir(tmp_path / "cwd")
-    yield tmp_path / "cwd"
-    assert session.active_runs == []
+    return desk
 
 
 @pytest.fixture

@@ -1,10 +1,9 @@
-"""``artifactfs.comet``: what Comet's client does with artifacts, on a directory and on a bucket."""
+"""``artifactfs.comet``: what Comet's client does with artifacts, on a directory, on a bucket and on a Comet server."""
 
 from __future__ import annotations
 
 import inspect
 import io
-import itertools
 import json
 import os
 import subprocess
@@ -45,25 +44,30 @@ from artifactfs.names import ArtifactName
 from artifactfs.publish import Draft, publish
 from artifactfs.semver import SemVer
 
-_numbers = itertools.count()
 Files = dict[str, bytes]
 
 
 @pytest.fixture(params=["directory", "bucket", "server"])
-def store(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
-    """A new store, which is that of the settings; the working directory is empty."""
+def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """The URL of a new store, which is that of the settings."""
     url = str(tmp_path / "store")
     if request.param == "bucket":
-        url = request.getfixturevalue("shared_bucket").store_url(f"comet/{next(_numbers)}")
+        url = request.getfixturevalue("shared_bucket").store_url(f"comet-{tmp_path.name}")
     if request.param == "server":
         server = request.getfixturevalue("comet_server")
         monkeypatch.setenv("COMET_API_KEY", server.key)
         url = f"comet://{server.host}"
     monkeypatch.setenv("ARTIFACTFS_STORE", url)
+    return url
+
+
+@pytest.fixture
+def store(place: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """A new store, which is that of the settings; the working directory is empty."""
     work = tmp_path / "work"
     work.mkdir()
     monkeypatch.chdir(work)
-    return url
+    return place
 
 
 @pytest.fixture

@@ -56,12 +56,8 @@ def registered() -> Iterator[None]:
     ArtifactFileSystem.clear_instance_cache()
 
 
-@pytest.fixture(params=["directory", "bucket"])
-def fs(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    url = str(tmp_path / "store")
-    if request.param == "bucket":
-        url = request.getfixturevalue("shared_bucket").store_url(f"fsspec/{next(_numbers)}")
-    monkeypatch.setenv("ARTIFACTFS_STORE", url)
+@pytest.fixture
+def fs(place: str, tmp_path: Path) -> Any:
     log(FILES, tmp_path / "files")
     return fsspec.filesystem("artifactfs")
 

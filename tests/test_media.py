@@ -13,7 +13,7 @@ import secrets
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +51,9 @@ BOX = {
 
 
 @pytest.fixture(autouse=True)
-def workplace(isolated_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def workplace(desk: Path) -> Path:
     """Each test runs in a directory and with a store of its own."""
-    monkeypatch.setenv("ARTIFACTFS_STORE", str(tmp_path / "store"))
-    monkeypatch.setenv("ARTIFACTFS_ENTITY", "acme")
-    monkeypatch.setenv("ARTIFACTFS_PROJECT", "vision")
-    (tmp_path / "cwd").mkdir()
-    monkeypatch.chdir(tmp_path / "cwd")
-    yield tmp_path / "cwd"
+    return desk
 
 
 def draft(name: str = "media", **more: Any) -> afs.Artifact:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +36,8 @@ POINTS = np.random.default_rng(0).random((3, 6))
 
 
 @pytest.fixture(autouse=True)
-def workplace(isolated_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("ARTIFACTFS_STORE", str(tmp_path / "store"))
-    monkeypatch.setenv("ARTIFACTFS_ENTITY", "acme")
-    monkeypatch.setenv("ARTIFACTFS_PROJECT", "vision")
-    (tmp_path / "cwd").mkdir()
-    monkeypatch.chdir(tmp_path / "cwd")
-    yield
+def workplace(desk: Path) -> Path:
+    return desk
 
 
 class Library:

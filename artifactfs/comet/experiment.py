@@ -17,7 +17,7 @@ import msgspec
 from artifactfs import session
 from artifactfs.comet.artifact import Artifact, publish_artifact
 from artifactfs.comet.exceptions import ArtifactNotFound, GetArtifactException, LogArtifactException, raised_as
-from artifactfs.comet.logged import APIExperiment, LoggedArtifact
+from artifactfs.comet.logged import APIExperiment, LoggedArtifact, Recorded
 from artifactfs.errors import ConflictError, InvalidNameError, NotFoundError, UsageError
 from artifactfs.model import Run, Version
 from artifactfs.names import LATEST, ArtifactName, check_alias, check_collection, check_entity, check_project
@@ -27,7 +27,7 @@ from artifactfs.store.native import now
 log = logging.getLogger(__name__)
 
 
-class Experiment:
+class Experiment(Recorded):
     """An experiment that is going on, until :meth:`end` or the end of its ``with`` block."""
 
     def __init__(
@@ -66,26 +66,6 @@ class Experiment:
         )
         opened.store.ensure_format()
         opened.store.save_run(self._record)
-
-    def __repr__(self) -> str:
-        return f"<Experiment '{self._record.path}'>"
-
-    @property
-    def id(self) -> str:
-        """The experiment's key."""
-        return self._record.id
-
-    def get_key(self) -> str:
-        """The experiment's key."""
-        return self._record.id
-
-    @property
-    def workspace(self) -> str:
-        return self._record.entity
-
-    @property
-    def project_name(self) -> str:
-        return self._record.project
 
     @property
     def ended(self) -> bool:

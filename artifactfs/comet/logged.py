@@ -55,24 +55,22 @@ class ImmutableDict(dict[str, Any]):
     __setitem__ = __delitem__ = update = setdefault = pop = popitem = clear = __ior__ = _refuse
 
 
-class APIExperiment:
-    """An experiment as the store keeps it: what logged artifacts, and used them."""
+class Recorded:
+    """An experiment's names, as its record has them."""
 
-    def __init__(self, record: Run) -> None:
-        self._record = record
+    _record: Run
 
     def __repr__(self) -> str:
-        return f"<APIExperiment '{self._record.path}'>"
+        return f"<{type(self).__name__} '{self._record.path}'>"
 
     @property
     def id(self) -> str:
         """The experiment's key."""
         return self._record.id
 
-    key = id
-
     def get_key(self) -> str:
-        return self.id
+        """The experiment's key."""
+        return self._record.id
 
     @property
     def workspace(self) -> str:
@@ -81,6 +79,15 @@ class APIExperiment:
     @property
     def project_name(self) -> str:
         return self._record.project
+
+
+class APIExperiment(Recorded):
+    """An experiment as the store keeps it: what logged artifacts, and used them."""
+
+    key = Recorded.id
+
+    def __init__(self, record: Run) -> None:
+        self._record = record
 
     @property
     def name(self) -> str:

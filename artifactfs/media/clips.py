@@ -6,12 +6,12 @@ import io
 import os
 import tempfile
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from artifactfs.errors import UsageError
-from artifactfs.media.base import Plan, Stored
+from artifactfs.media.base import Plan
 from artifactfs.media.extras import is_array, need, plain
-from artifactfs.media.payload import FileMedia, MadeFile, Payload, RemoteFile, UserFile, is_path, is_remote, stored_file
+from artifactfs.media.payload import FileMedia, MadeFile, Payload, PictureMedia, RemoteFile, UserFile, is_path, is_remote
 
 DEFAULT_FPS = 4
 
@@ -51,14 +51,8 @@ class Audio(FileMedia):
     def describe(self, plan: Plan) -> dict[str, Any]:
         return {**super().describe(plan), "caption": self.caption}  # W&B's client cannot read a sound that has none
 
-    @classmethod
-    def read(cls, stored: Stored) -> Self:
-        audio = cls.__new__(cls)
-        FileMedia.__init__(audio, stored_file(stored), stored.optional("caption", str))
-        return audio
 
-
-class Video(FileMedia):
+class Video(PictureMedia):
     """A film: a file, bytes in an ``io`` object, or frames as (time, channels, height, width), 0 to 255.
 
     More films of one length are given as (batch, time, channels, height, width) and shown side by side. ``format`` is gif, mp4,
@@ -84,16 +78,6 @@ class Video(FileMedia):
             payload = MadeFile(film, f".{extension}")
         super().__init__(payload, caption)
 
-    @property
-    def width(self) -> int | None:
-        """Pixels; None where it is not known."""
-        return self._size[0] if self._size else None
-
-    @property
-    def height(self) -> int | None:
-        """Pixels; None where it is not known."""
-        return self._size[1] if self._size else None
-
     def to_numpy(self) -> Any:
         """The frames, (time, channels, height, width)."""
         imageio = need("imageio.v3", "a Video as an array")
@@ -106,14 +90,6 @@ class Video(FileMedia):
     def describe(self, plan: Plan) -> dict[str, Any]:
         value = super().describe(plan)
         return {**value, "width": self._size[0], "height": self._size[1]} if self._size else value
-
-    @classmethod
-    def read(cls, stored: Stored) -> Self:
-        video = cls.__new__(cls)
-        FileMedia.__init__(video, stored_file(stored), stored.optional("caption", str))
-        width, height = stored.optional("width", int), stored.optional("height", int)
-        video._size = (width, height) if width is not None and height is not None else None
-        return video
 
     @classmethod
     def _checked(cls, format: str | None, what: str) -> str:

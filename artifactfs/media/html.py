@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from artifactfs.errors import UsageError
-from artifactfs.media.base import Stored
-from artifactfs.media.payload import FileMedia, MadeFile, UserFile, is_path, stored_file
+from artifactfs.media.payload import FileMedia, MadeFile, UserFile, is_path
 
 _HEAD = '<base target="_blank"><link rel="stylesheet" type="text/css" href="https://app.wandb.ai/normalize.css" />'
 """What W&B puts into pages, so that its panels show them evenly."""
@@ -35,12 +34,6 @@ class Html(FileMedia):
     def html(self) -> str:
         """The page."""
         return _text(self.path)
-
-    @classmethod
-    def read(cls, stored: Stored) -> Self:
-        page = cls.__new__(cls)
-        FileMedia.__init__(page, stored_file(stored), stored.optional("caption", str))
-        return page
 
 
 def _page_path(data: Any) -> str | None:

@@ -13,14 +13,14 @@ from artifactfs.media.annotations import BoundingBoxes2D, Classes, ImageMask, en
 from artifactfs.media.base import Plan, Stored, wrong_type
 from artifactfs.media.columns import ColumnType, ImageType
 from artifactfs.media.extras import is_array, is_tensor, need, plain
-from artifactfs.media.payload import FileMedia, MadeFile, RemoteFile, UserFile, is_path, is_remote, stored_file
+from artifactfs.media.payload import MadeFile, PictureMedia, RemoteFile, UserFile, is_path, is_remote
 
 FORMATS = ("png", "jpg", "jpeg", "bmp")
 
 Annotation: TypeAlias = Mapping[str, Any]
 
 
-class Image(FileMedia):
+class Image(PictureMedia):
     """An image: a file, an array or tensor, a Pillow image, a matplotlib figure, another Image, or an http, s3 or gs URI.
 
     Arrays are (height, width) or (height, width, channels), tensors (channels, height, width), with values of 0 to 255; others
@@ -79,16 +79,6 @@ class Image(FileMedia):
         return self._format
 
     @property
-    def width(self) -> int | None:
-        """Pixels; None where it is not known."""
-        return self._size[0] if self._size else None
-
-    @property
-    def height(self) -> int | None:
-        """Pixels; None where it is not known."""
-        return self._size[1] if self._size else None
-
-    @property
     def grouping(self) -> int | None:
         return self._grouping
 
@@ -113,7 +103,7 @@ class Image(FileMedia):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Image) and self._compared() == other._compared()
 
-    __hash__ = FileMedia.__hash__
+    __hash__ = PictureMedia.__hash__
 
     def describe(self, plan: Plan) -> dict[str, Any]:
         if (self._masks or self._boxes) and self._classes is None:
@@ -157,11 +147,8 @@ class Image(FileMedia):
 
     @classmethod
     def read(cls, stored: Stored) -> Self:
-        image = cls.__new__(cls)
-        FileMedia.__init__(image, stored_file(stored), stored.optional("caption", str))
+        image = super().read(stored)
         image._format = stored.optional("format", str) or _extension(stored.field("path", str))
-        width, height = stored.optional("width", int), stored.optional("height", int)
-        image._size = (width, height) if width is not None and height is not None else None
         image._grouping = stored.optional("grouping", int)
         image._classes = _read_classes(stored)
         boxes, masks = stored.optional("boxes", dict) or {}, stored.optional("masks", dict) or {}

@@ -10,9 +10,9 @@ from typing import Any, ClassVar, Self
 
 from artifactfs.errors import UsageError
 from artifactfs.media.annotations import plain_json
-from artifactfs.media.base import Plan, Stored, compact, wrong_type
+from artifactfs.media.base import Plan, compact, wrong_type
 from artifactfs.media.extras import is_array, need, plain
-from artifactfs.media.payload import FileMedia, MadeFile, Payload, UserFile, is_path, stored_file
+from artifactfs.media.payload import FileMedia, MadeFile, Payload, UserFile, is_path
 
 _SHAPES = "n points as (n, 3): x y z, (n, 4): x y z and a category of 1 to 14, or (n, 6): x y z r g b"
 _FILES = ("obj", "gltf", "glb", "babylon", "stl", "pts.json")
@@ -104,12 +104,6 @@ class Object3D(FileMedia):
             )
         return super().describe(plan)
 
-    @classmethod
-    def read(cls, stored: Stored) -> Self:
-        found = cls.__new__(cls)
-        FileMedia.__init__(found, stored_file(stored), stored.optional("caption", str))
-        return found
-
 
 class Bokeh(FileMedia):
     """A Bokeh plot: a model, a document, or a ``.bokeh.json`` file. The same plot gives the same bytes."""
@@ -136,12 +130,6 @@ class Bokeh(FileMedia):
             return document.from_json(_parsed(self.path))
         except (AttributeError, KeyError, TypeError, RuntimeError) as error:
             raise UsageError(f"{self.path} cannot be read as a Bokeh plot: {error}") from None
-
-    @classmethod
-    def read(cls, stored: Stored) -> Self:
-        plot = cls.__new__(cls)
-        FileMedia.__init__(plot, stored_file(stored), stored.optional("caption", str))
-        return plot
 
 
 def _content(file: Any) -> bytes:

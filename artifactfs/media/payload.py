@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from typing import Any, ClassVar, Protocol, TypeGuard
+from typing import Any, ClassVar, Protocol, Self, TypeGuard
 
 from artifactfs import settings
 from artifactfs.draft import CopyArea
@@ -173,6 +173,35 @@ class FileMedia(Media):
     def describe(self, plan: Plan) -> dict[str, Any]:
         value = {"_type": self.kind, "path": self._payload.put(plan, self.folder), "sha256": self.sha256}
         return value if self._caption is None else {**value, "caption": self._caption}
+
+    @classmethod
+    def read(cls, stored: Stored) -> Self:
+        found = cls.__new__(cls)
+        FileMedia.__init__(found, stored_file(stored), stored.optional("caption", str))
+        return found
+
+
+class PictureMedia(FileMedia):
+    """A file of pixels, whose width and height may be known."""
+
+    _size: tuple[int, int] | None
+
+    @property
+    def width(self) -> int | None:
+        """Pixels; None where it is not known."""
+        return self._size[0] if self._size else None
+
+    @property
+    def height(self) -> int | None:
+        """Pixels; None where it is not known."""
+        return self._size[1] if self._size else None
+
+    @classmethod
+    def read(cls, stored: Stored) -> Self:
+        found = super().read(stored)
+        width, height = stored.optional("width", int), stored.optional("height", int)
+        found._size = (width, height) if width is not None and height is not None else None
+        return found
 
 
 def stored_file(stored: Stored) -> StoredFile:

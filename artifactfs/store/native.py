@@ -297,16 +297,13 @@ class NativeStore:
         found = self.version(name)
         source = found.origin
         name = ArtifactName(source.entity, source.project, source.collection)
-        races = Races()
-        while True:
-            races.enter()
-            stored = self._version(name, source.number)
-            changed = change(stored.record)
-            if changed != stored.record:
-                changed = msgspec.structs.replace(changed, updated_at=now())
-                if not self._swap(_version_key(name, source.number), changed, stored):
-                    continue
-            return _as_link(found, changed) if isinstance(found, LinkedVersion) else changed
+
+        def changed(version: Version | None) -> Version:
+            assert version is not None
+            return _dated(version, change(version))
+
+        made = self._edit(_version_key(name, source.number), lambda: self._version(name, source.number), changed)
+        return _as_link(found, made) if isinstance(found, LinkedVersion) else made
 
     def delete_version(self, name: ArtifactName, delete_aliases: bool = False) -> Version:
         version = self.version(name)
@@ -486,26 +483,20 @@ class NativeStore:
 
     def entity_settings(self, entity: str) -> EntitySettings:
         """What is set for an entity; the defaults where nothing is."""
-        try:
-            return self._get(_entity_key(entity), EntitySettings).record
-        except NotFoundError:
-            return EntitySettings(entity=entity, created_at="", updated_at="")
+        stored = self._find(_entity_key(entity), EntitySettings)
+        return stored.record if stored else EntitySettings(entity=entity, created_at="", updated_at="")
 
     def update_entity(self, entity: str, change: Callable[[EntitySettings], EntitySettings]) -> EntitySettings:
         """Apply ``change`` atomically, as :meth:`update_collection` does."""
         check_entity(entity)
         self.ensure_format()
-        races = Races()
-        while True:
-            races.enter()
-            try:
-                stored = self._get(_entity_key(entity), EntitySettings)
-            except NotFoundError:
-                stored = None
-            known = stored.record if stored else EntitySettings(entity=entity, created_at=now(), updated_at="")
-            changed = msgspec.structs.replace(change(known), updated_at=now())
-            if self._swap(_entity_key(entity), changed, stored):
-                return changed
+        key = _entity_key(entity)
+
+        def changed(known: EntitySettings | None) -> EntitySettings:
+            known = known or EntitySettings(entity=entity, created_at=now(), updated_at="")
+            return msgspec.structs.replace(change(known), updated_at=now())
+
+        return self._edit(key, lambda: self._find(key, EntitySettings), changed)
 
     def ttl_of(self, version: Version) -> int | None:
         """The seconds after its creation at which the version expires; None for never. A registry's are not expired."""
@@ -516,27 +507,17 @@ class NativeStore:
 
     def distributed(self, name: ArtifactName, id: str) -> Distributed | None:
         """The distributed version ``id`` of a collection, if anything was ever added to it."""
-        try:
-            return self._get(_distributed_key(name, id), Distributed).record
-        except NotFoundError:
-            return None
+        stored = self._find(_distributed_key(name, id), Distributed)
+        return stored.record if stored else None
 
     def update_distributed(self, name: ArtifactName, id: str, change: Callable[[Distributed | None], Distributed]) -> Distributed:
         """Apply ``change`` atomically: it is called again with the newest state if another write came first."""
         key = _distributed_key(name, id)
-        races = Races()
-        while True:
-            races.enter()
-            try:
-                stored = self._get(key, Distributed)
-            except NotFoundError:
-                stored = None
-            changed = change(stored.record if stored else None)
-            if stored is not None and changed == stored.record:
-                return changed
-            changed = msgspec.structs.replace(changed, updated_at=now())
-            if self._swap(key, changed, stored):
-                return changed
+
+        def changed(current: Distributed | None) -> Distributed:
+            return _dated(current, change(current))
+
+        return self._edit(key, lambda: self._find(key, Distributed), changed)
 
     def all_distributed(self, name: ArtifactName) -> list[Distributed]:
         """What is being added to in a collection, and what was. IntegrityError for a record that cannot be read."""
@@ -578,17 +559,15 @@ class NativeStore:
     def save_run(self, run: Run) -> None:
         self.ensure_format()
         key = _run_key(run.entity, run.project, run.id)
-        races = Races()
-        while True:
-            races.enter()
-            merged, stored = run, None
-            with contextlib.suppress(NotFoundError):
-                stored = self._get(key, Run)
-                used = list(dict.fromkeys([*stored.record.used, *run.used]))
-                logged = list(dict.fromkeys([*stored.record.logged, *run.logged]))
-                merged = msgspec.structs.replace(run, used=used, logged=logged, created_at=stored.record.created_at)
-            if self._swap(key, merged, stored):
-                return
+
+        def merged(known: Run | None) -> Run:
+            if known is None:
+                return run
+            used = list(dict.fromkeys([*known.used, *run.used]))
+            logged = list(dict.fromkeys([*known.logged, *run.logged]))
+            return msgspec.structs.replace(run, used=used, logged=logged, created_at=known.created_at)
+
+        self._edit(key, lambda: self._find(key, Run), merged)
 
     # Contents
 
@@ -800,6 +779,26 @@ class NativeStore:
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise IntegrityError(f"{key} in {self.url} cannot be decoded: {error}") from None
 
+    def _find(self, key: str, kind: type[_Record]) -> _Stored[_Record] | None:
+        """As :meth:`_get`; None if there is none."""
+        try:
+            return self._get(key, kind)
+        except NotFoundError:
+            return None
+
+    def _edit(
+        self, key: str, read: Callable[[], _Stored[_Record] | None], change: Callable[[_Record | None], _Record]
+    ) -> _Record:
+        """Write what ``change`` makes of the record that ``read`` gives, again with the newest one if another write came first.
+        One that stays as it is is not written."""
+        races = Races()
+        while True:
+            races.enter()
+            stored = read()
+            changed = change(stored.record if stored else None)
+            if (stored is not None and changed == stored.record) or self._swap(key, changed, stored):
+                return changed
+
     def _swap(self, key: str, record: _Record, stored: _Stored[_Record] | None) -> bool:
         """Write ``record`` in place of ``stored``; False if another write came first."""
         data = encode_record(record, stored.data if stored else b"")
@@ -860,6 +859,11 @@ def check_extent(extent: Extent) -> None:
         raise IntegrityError(str(error)) from None
     if extent.offset < 0 or extent.length < 0 or extent.offset + extent.length > _MAX_PLACE:
         raise IntegrityError(f"an extent of {object_key(extent.object)} claims {extent.length} bytes at {extent.offset}")
+
+
+def _dated(before: _Record | None, after: _Record) -> _Record:
+    """``after`` as changed now, unless it is what was there before."""
+    return after if after == before else msgspec.structs.replace(after, updated_at=now())
 
 
 def encode_record(record: Version | Collection | Run | EntitySettings | Distributed, over: bytes = b"") -> bytes:
