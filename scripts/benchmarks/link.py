@@ -11,13 +11,46 @@ import contextlib
 import os
 import queue
 import socket
+import subprocess
 import sys
 import threading
 import time
+from typing import NamedTuple
 
 _PIECE = 256 << 10
 _MAX_PACING_RATE = 47  # asm-generic/socket.h; Python has no name for it
 _VERBS = (b"GET ", b"PUT ", b"HEAD", b"POST", b"DELE")
+
+
+class Moved(NamedTuple):
+    """Bytes each way, and requests."""
+
+    down: int
+    up: int
+    requests: int
+
+
+class Link:
+    """The program as a process of its own in front of ``upstream`` (a URL), for a benchmark."""
+
+    def __init__(self, upstream: str, round_trip: float, rate: float) -> None:
+        command = [sys.executable, __file__, upstream.rpartition(":")[2], str(round_trip), str(rate)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.url = f"http://127.0.0.1:{int(self._ask())}"
+
+    def _ask(self, question: str = "") -> str:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(question)
+        self._process.stdin.flush()
+        return self._process.stdout.readline()
+
+    def moved(self) -> Moved:
+        """What has passed so far."""
+        return Moved(*map(int, self._ask("\n").split()))
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
 
 
 class Counts:

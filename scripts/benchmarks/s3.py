@@ -8,7 +8,6 @@ machine with what is measured.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import itertools
 import json
@@ -27,6 +26,7 @@ from typing import Any
 
 import obstore
 from harness import Bench, Row, drop_caches, main, seconds
+from link import Link
 from obstore.store import S3Store
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
@@ -40,41 +40,6 @@ _PART = 8 * MIB
 _RANDOM_READS = 64
 _READ = 64 << 10
 _numbers = itertools.count()
-
-
-@dataclasses.dataclass
-class Moved:
-    down: int
-    up: int
-    requests: int
-
-
-class Link:
-    """The link's process, and what has passed it."""
-
-    def __init__(self, upstream: str) -> None:
-        command = [
-            sys.executable,
-            str(Path(__file__).with_name("link.py")),
-            upstream.rpartition(":")[2],
-            str(ROUND_TRIP),
-            str(RATE),
-        ]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.url = f"http://127.0.0.1:{int(self._ask())}"
-
-    def _ask(self, question: str = "") -> str:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(question)
-        self._process.stdin.flush()
-        return self._process.stdout.readline()
-
-    def moved(self) -> Moved:
-        return Moved(*map(int, self._ask("\n").split()))
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
 
 
 class Place:
@@ -350,7 +315,7 @@ def _place(bench: Bench, quick: bool, full: bool = True) -> Iterator[Place]:
         stack = contextlib.ExitStack()
         folder = Path(tempfile.mkdtemp(prefix="weed-", dir=bench.work))
         server = stack.enter_context(seaweed_server(folder))
-        link = Link(server.url)
+        link = Link(server.url, ROUND_TRIP, RATE)
         stack.callback(link.close)
         bench.env["ARTIFACTFS_STORE"] = f"s3://store/bench?endpoint_url={link.url}&region=us-east-1"
         _made[id(bench)] = (Place(bench, server, link, quick), stack)
