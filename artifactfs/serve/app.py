@@ -130,7 +130,7 @@ class Application:
 
     def _context(self, request: Request, caller: Caller) -> Context:
         request.state.caller = caller.name
-        base = self._service.options.public_url or f"{request.url.scheme}://{request.headers.get('host', '')}"
+        base = self._service.options.public_url or f"{request.scope['scheme']}://{request.headers.get('host', '')}"
         return Context(self._service, caller, base, request_id.get())
 
     def _caller(self, request: Request) -> Caller:

@@ -15,14 +15,13 @@ import pytest
 from mounting import needs_fuse
 from programs import Program
 from servers import S3Server
-from serving_fixture import PROGRAM, WandbServer, run_client, start_server, try_client
+from serving_fixture import PROGRAM, ClientProcess, WandbServer, run_client, start_server, try_client
 
 pytest.importorskip("wandb")
 
 PRELUDE = """
 import datetime, json, os, sys
 import wandb
-ENTITY, PROJECT = "acme", sys.argv[1]
 def start(**options):
     return wandb.init(entity=ENTITY, project=PROJECT, settings=wandb.Settings(init_timeout=60), **options)
 def drafted(name="bikes", type="dataset", files=None, **options):
@@ -34,11 +33,11 @@ def drafted(name="bikes", type="dataset", files=None, **options):
 def fetch(name, **options):
     return wandb.Api().artifact(f"{ENTITY}/{PROJECT}/{name}", **options)
 def show(**values):
-    print("SHOWN " + json.dumps(values, default=str))
+    shown.update(json.loads(json.dumps(values, default=str)))
 """
 
 
-@pytest.fixture(scope="module", params=["directory", pytest.param("bucket", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["directory", "bucket"])
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WandbServer]:
     """One server for the module, over each kind of store."""
     root = tmp_path_factory.mktemp("served")
@@ -54,22 +53,27 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         assert not running.tracebacks()
 
 
-class Client:
-    """A user at a server, with a home and a project of their own."""
+@pytest.fixture(scope="module")
+def process(server: WandbServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClientProcess]:
+    """One client for the module."""
+    running = ClientProcess(server, tmp_path_factory.mktemp("client"))
+    yield running
+    running.close()
 
-    def __init__(self, server: WandbServer, home: Path, project: str) -> None:
+
+class Client:
+    """A user at a server, with a folder and a project of their own."""
+
+    def __init__(self, server: WandbServer, process: ClientProcess, home: Path, project: str) -> None:
         self.server = server
         self.home = home
         self.project = project
+        self._process = process
 
-    def run(self, body: str, key: str = "", timeout: float = 110) -> dict[str, Any]:
+    def run(self, body: str, timeout: float = 110, **names: Any) -> dict[str, Any]:
         """Run code after the prelude; all that it showed."""
-        out = run_client(self.server, self.home, PRELUDE + body, self.project, key=key, timeout=timeout)
-        shown: dict[str, Any] = {}
-        for line in out.splitlines():
-            if line.startswith("SHOWN "):
-                shown.update(json.loads(line[6:]))
-        return shown
+        names = {"ENTITY": "acme", "PROJECT": self.project, **names}
+        return self._process.run(self.home, PRELUDE + body, names, timeout)
 
     def afs(self, *arguments: str) -> str:
         """Run our own command on the store itself."""
@@ -81,10 +85,10 @@ class Client:
 
 
 @pytest.fixture
-def client(server: WandbServer, tmp_path: Path, request: pytest.FixtureRequest) -> Client:
+def client(server: WandbServer, process: ClientProcess, tmp_path: Path, request: pytest.FixtureRequest) -> Client:
     home = tmp_path / "client"
     home.mkdir()
-    return Client(server, home, f"p-{request.node.originalname}"[:60])
+    return Client(server, process, home, f"p-{request.node.originalname}"[:60])
 
 
 def test_logs_uses_and_downloads(client: Client) -> None:
@@ -223,7 +227,6 @@ run.finish()
     }
 
 
-@pytest.mark.slow
 def test_edits(client: Client) -> None:
     shown = client.run(
         """
@@ -279,7 +282,6 @@ run.finish()
     }
 
 
-@pytest.mark.slow
 def test_links_and_registries(client: Client) -> None:
     shown = client.run(
         """
@@ -327,7 +329,6 @@ run.finish()
     }
 
 
-@pytest.mark.slow
 def test_tables_references_and_files(client: Client) -> None:
     (client.home / "local").mkdir()
     (client.home / "local/r.txt").write_text("referenced")
@@ -393,7 +394,6 @@ run.finish()
     }
 
 
-@pytest.mark.slow
 def test_what_was_logged_natively_is_served(client: Client) -> None:
     """Contents have BLAKE3 digests then; the client's checks are of MD5."""
     source = client.home / "native"
@@ -455,7 +455,6 @@ for project in (PROJECT, "no-such-project"):
     assert gone.returncode != 0
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_twenty_clients_at_once(client: Client) -> None:
     if client.server.store.startswith("s3:"):
@@ -479,7 +478,6 @@ def test_twenty_clients_at_once(client: Client) -> None:
     client.afs("fsck")
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_file_over_2_gib_goes_in_parts(client: Client, tmp_path: Path) -> None:
     if client.server.store.startswith("s3:"):
