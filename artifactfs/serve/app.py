@@ -392,6 +392,9 @@ class Watched:
             return await self._app(scope, receive, send)
         id = secrets.token_hex(8)
         request_id.set(id)
+        scope["path"] = scope["path"].replace(
+            "\n", " "
+        )  # patterns of routes stop at a line feed; names are read from the raw path
         route = scope["path"].split("/", 2)[1]
         route = {"artifactsV2": "artifacts", "files": "file_stream"}.get(route, route)
         route = route if route in ROUTES else "other"
