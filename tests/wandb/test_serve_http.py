@@ -157,7 +157,7 @@ def test_readers_that_take_nothing_are_cut_off(served: Served) -> None:
 
     def running() -> float:
         text = served.http.get(served.url + "/metrics", timeout=10).text
-        return float(text.split("artifactfs_serve_requests_running ")[1].split()[0])
+        return float(text.split("\nartifactfs_serve_requests_running ")[1].split()[0])
 
     before = running()
     connections = []
