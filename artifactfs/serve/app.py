@@ -10,9 +10,9 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-import functools
 import json
 import logging
+import math
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -104,6 +104,9 @@ class Application:
         self._service = service
         self.metrics = Metrics(service.state)
         threads = service.options.threads
+        self.working: set[object] = set()
+        """One thing for each piece of work that a thread does."""
+        self._unlimited = anyio.CapacityLimiter(math.inf)
         self._reading = anyio.CapacityLimiter(threads)
         self._moving = anyio.CapacityLimiter(threads)
         self._changing = anyio.CapacityLimiter(_MUTATIONS)
@@ -124,7 +127,17 @@ class Application:
         self.app: ASGIApp = Watched(Starlette(routes=routes, exception_handlers=handlers), self.metrics, service)
 
     async def _in_thread(self, limiter: anyio.CapacityLimiter, work: Callable[..., _T], *arguments: Any) -> _T:
-        return await anyio.to_thread.run_sync(functools.partial(work, *arguments), limiter=limiter)
+        ticket = object()
+
+        def working() -> _T:
+            try:
+                return work(*arguments)
+            finally:
+                self.working.discard(ticket)
+
+        async with limiter:
+            self.working.add(ticket)  # until the thread is done, even if the request is not there any more
+            return await anyio.to_thread.run_sync(working, limiter=self._unlimited)
 
     # Who asks
 

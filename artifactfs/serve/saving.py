@@ -16,10 +16,10 @@ import binascii
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import itertools
 import os
 import secrets
+import shutil
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from artifactfs.content import manifest_digest
-from artifactfs.errors import ConflictError, IntegrityError, NotFoundError, UsageError
+from artifactfs.errors import ConflictError, IntegrityError, NotFoundError, UsageError, from_os_error
 from artifactfs.folders import MadeFolder
 from artifactfs.model import BLAKE3, MD5, XXH128, Collection, Dir, Entry, File, Ref, Run, Version
 from artifactfs.names import LATEST, ArtifactName, check_new_alias, parse, version_number
@@ -652,30 +652,24 @@ def part_object(object: str, number: int) -> str:
 
 
 def _join(context: Context, pending: Pending, object: str, numbers: Sequence[int]) -> None:
-    """Append the parts to the first one, each removed once it was taken over."""
+    """Put the parts one after the other. That the whole has the MD5 that was announced is checked by the commit, as for all
+    files: each part has been."""
     state = context.state
     paths = [state.object_path(pending.id, part_object(object, number)) for number in numbers]
     missing = [number for number, path in zip(numbers, paths, strict=True) if not path.exists()]
     if missing:
         raise UsageError(f"part {missing[0]} was not uploaded yet")
-    file = state.file_of(pending.id, object)
     whole = state.folder(pending.id) / f"{object}.{secrets.token_hex(4)}.tmp"
-    hasher = hashlib.md5(usedforsecurity=False)
     try:
         with open(whole, "xb") as target:
             for path in paths:
                 with open(path, "rb") as part:
-                    while data := part.read(4 << 20):
-                        hasher.update(data)
-                        target.write(data)
+                    shutil.copyfileobj(part, target, 4 << 20)
             target.flush()
-            from_md5 = base64.b64encode(hasher.digest()).decode()
-            if file.md5 and from_md5 != file.md5:
-                raise IntegrityError(
-                    f"the parts of {file.name!r} have the MD5 {from_md5} together, not {file.md5}; upload it again"
-                )
             sync(target)
         whole.replace(state.object_path(pending.id, object))
+    except OSError as error:
+        raise from_os_error(error, "keeping an upload") from None
     finally:
         whole.unlink(missing_ok=True)
     for path in paths:

@@ -9,7 +9,8 @@ import signal
 import socket
 import ssl
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, TypeAlias
 
 import h11
@@ -31,6 +32,8 @@ _MAX_HEADERS = 64 << 10
 _LEAST_RATE = 1024
 """Bytes a second that a client must take of an answer."""
 _BACKLOG = 512
+_LAST_WORDS = 0.5
+"""Seconds for a request that was cancelled to end."""
 
 
 def protocol(header_timeout: float, send_timeout: float) -> type[H11Protocol]:
@@ -45,7 +48,7 @@ def protocol(header_timeout: float, send_timeout: float) -> type[H11Protocol]:
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
-            transport.set_write_buffer_limits(high=0)  # paused is then the same as: there is something that was not taken
+            transport.set_write_buffer_limits(high=1, low=0)  # paused is then: there is something that was not taken
             self._watch()
 
         def connection_lost(self, exc: Exception | None) -> None:
@@ -114,9 +117,13 @@ def protocol(header_timeout: float, send_timeout: float) -> type[H11Protocol]:
 class _Server(uvicorn.Server):
     """Tells when it is ready, and ends with a signal as a program that did what it was asked to."""
 
-    def __init__(self, config: uvicorn.Config, ready: Ready) -> None:
+    def __init__(
+        self, config: uvicorn.Config, ready: Ready, working: Collection[object], abandon: Callable[[], None] | None
+    ) -> None:
         super().__init__(config)
         self._ready = ready
+        self._working = working
+        self._abandon = abandon
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -125,6 +132,17 @@ class _Server(uvicorn.Server):
 
     def _stop(self) -> None:
         self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        # Requests that were too slow are cancelled by now; a thread that works for one cannot be, and Python would wait for it.
+        end = time.monotonic() + _LAST_WORDS
+        while self._working and time.monotonic() < end:
+            await asyncio.sleep(0.02)
+        if self._working:
+            log.warning("%d requests did not end in time and were cut off; clients may repeat them", len(self._working))
+            if self._abandon is not None:
+                self._abandon()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -162,8 +180,12 @@ def url_of(options: Options, listening: socket.socket) -> str:
     return f"{'https' if options.tls_cert else 'http'}://{shown}:{port}"
 
 
-def run(service: Service, listening: socket.socket, ready: Ready) -> None:
-    """Serve until a signal comes, or what ``ready`` is given is called, and end what is under way, within a bounded time."""
+def run(service: Service, listening: socket.socket, ready: Ready, abandon: Callable[[], None] | None = None) -> None:
+    """Serve until a signal comes, or what ``ready`` is given is called, and end what is under way, within a bounded time.
+
+    A commit in the middle of writing cannot be interrupted. ``abandon`` is called if one is left after that time, and is to end
+    the process as a crash would, which no version suffers from; without it, it is waited for.
+    """
     options = service.options
     application = Application(service)
     config = uvicorn.Config(
@@ -197,7 +219,7 @@ def run(service: Service, listening: socket.socket, ready: Ready) -> None:
     keeper = threading.Thread(target=_keep_house, args=(service, ended), name="housekeeping", daemon=True)
     keeper.start()
     try:
-        _Server(config, ready).run(sockets=[listening])
+        _Server(config, ready, application.working, abandon).run(sockets=[listening])
     finally:
         ended.set()
         keeper.join(5)
