@@ -129,7 +129,7 @@ def test_killed_in_the_middle_of_an_upload(tmp_path: Path) -> None:
     check_whole(store, uploader)
 
 
-@pytest.mark.parametrize("delay", [0.0, 0.01, 0.03, 0.08, 0.2])
+@pytest.mark.parametrize("delay", [0.0, 0.03, 0.1])
 def test_killed_in_the_middle_of_a_commit(tmp_path: Path, delay: float) -> None:
     """Whatever was written by then: the commit, repeated, is one whole version."""
     store, data = str(tmp_path / "store"), tmp_path / "data"
@@ -339,13 +339,6 @@ def test_tls_and_its_mistakes(tmp_path: Path) -> None:
     both.write_text((tmp_path / "right.pem").read_text() + (tmp_path / "right.key").read_text())
     with start_server(str(tmp_path / "store"), tmp_path / "data", "--tls-cert", str(both)) as server:
         assert requests.get(server.url + "/healthz", verify=str(tmp_path / "right.pem"), timeout=10).json() == {"status": "ok"}
-        uploads = Uploader({"a": b"a"})
-        query = {"query": CREATE, "variables": {"input": {"digest": "0" * 32, "artifactTypeName": "t"}}}
-        del uploads
-        answer = requests.post(
-            server.url + "/graphql", json=query, auth=("api", server.key), verify=str(tmp_path / "right.pem"), timeout=10
-        )
-        assert answer.status_code == 200
         context = ssl.create_default_context(cafile=str(tmp_path / "right.pem"))
         context.maximum_version = ssl.TLSVersion.TLSv1_1
         with pytest.raises(OSError), socket.create_connection(server.host.split(":")) as plain:

@@ -803,3 +803,77 @@ def test_no_url_makes_it_fail(served: Served, method: str, first: str, rest: lis
     assert answer.status < 500, (method, path)
     answer.read()
     connection.close()
+
+
+_NAMES = st.sampled_from(
+    [
+        "viewer",
+        "entity",
+        "project",
+        "artifact",
+        "artifactCollection",
+        "files",
+        "edges",
+        "node",
+        "name",
+        "id",
+        "teams",
+        "aliases",
+        "createArtifact",
+        "commitArtifact",
+        "__typename",
+        "__schema",
+        "__type",
+        "types",
+        "fields",
+        "nope",
+        "a",
+        "on",
+        "fragment",
+    ]
+)
+_ARGUMENTS = st.sampled_from(
+    ["", "", '(name: "acme")', "(first: -1)", "(first: 99999999999999999999)", "(id: $v)", '(x: {a: [1, "\\u0000"]})']
+)
+_DIRECTIVES = st.sampled_from(["", "", "@include(if: $v)", "@skip(if: true)", "@include", "@nope(x: 1)"])
+
+
+def _selections(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
+    field = st.builds("{}{}{} {}".format, st.sampled_from(["", "b: ", "c: "]), _NAMES, _ARGUMENTS, inner)
+    spread = st.sampled_from(["...F", "...G", "... on Artifact { id }", "... on Nope { x }", "... @include(if: $v) { id }"])
+    return st.lists(st.builds("{} {}".format, field, _DIRECTIVES) | spread, min_size=1, max_size=4).map(
+        lambda parts: "{ " + " ".join(parts) + " }"
+    )
+
+
+_SELECTION = st.recursive(st.just(""), _selections, max_leaves=12)
+_FRAGMENTS = ["", "fragment F on Query { viewer { id } }", "fragment F on Query { ...G } fragment G on Query { ...F }"]
+_DOCUMENT = st.builds(
+    "{} {} {}".format,
+    st.sampled_from(["", "query", "query Q($v: X)", "mutation M($v: [X!]! = 5)", "subscription", "fragment F on Query", "type"]),
+    _SELECTION.filter(bool) | st.text(max_size=20),
+    st.sampled_from(_FRAGMENTS),
+)
+_BODY = st.binary(max_size=60) | st.text(max_size=60).map(lambda text: json.dumps({"query": text}).encode())
+
+
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(query=_DOCUMENT, value=_VALUE, name=st.none() | st.sampled_from(["Q", "M", ""]))
+def test_no_document_makes_it_fail(served: Served, query: str, value: Any, name: str | None) -> None:
+    body = {"query": query, "variables": {"v": value}, "operationName": name}
+    answer = served.post(json.dumps(body, ensure_ascii=True).encode())
+    assert answer.status_code in (200, 400), answer.text
+    assert "its log says more" not in answer.text
+
+
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    body=st.binary(max_size=60) | st.text(max_size=60).map(lambda text: json.dumps({"query": text}).encode()),
+    cut=st.integers(0, 60),
+)
+def test_no_body_makes_it_fail(served: Served, body: bytes, cut: int) -> None:
+    answer = served.post(body[:cut])
+    assert answer.status_code in (200, 400), answer.text
+    assert "its log says more" not in answer.text
+    stream = f"{served.url}/files/acme/p/r/file_stream"
+    assert served.http.post(stream, data=body, auth=("api", served.writer), timeout=10).status_code in (200, 400)
