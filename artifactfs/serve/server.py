@@ -228,6 +228,7 @@ def run(service: Service, listening: socket.socket, ready: Ready, abandon: Calla
 def _keep_house(service: Service, ended: threading.Event) -> None:
     while True:
         try:
+            service.state.write_checksums()
             if gone := service.state.expire():
                 log.info("removed %d uploads that nobody went on with", gone)
         except Exception:

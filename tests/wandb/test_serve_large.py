@@ -59,7 +59,7 @@ def test_very_many_entries(wandb_server: WandbServer, tmp_path: Path) -> None:
         shown = client.run(
             tmp_path,
             """
-import itertools
+import itertools, wandb
 found = wandb.Api(timeout=120).artifact("acme/p/bikes:v0")
 files = found.files(per_page=1000)
 shown.update(count=len(files), names=[it.name for it in itertools.islice(files, 2500)], entries=len(found.manifest.entries),
