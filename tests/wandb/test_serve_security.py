@@ -878,3 +878,81 @@ def test_no_body_makes_it_fail(served: Served, body: bytes, cut: int) -> None:
     assert "its log says more" not in answer.text
     stream = f"{served.url}/files/acme/p/r/file_stream"
     assert served.http.post(stream, data=body, auth=("api", served.writer), timeout=10).status_code in (200, 400)
+
+
+@st.composite
+def _of_the_schema(draw: st.DrawFn, kind: Any = None, depth: int = 0) -> str:
+    """A selection of fields that the schema has, with values for their arguments: what gets beyond the parser."""
+    kind = kind or schema.schema().query_type
+    while hasattr(kind, "of_type"):
+        kind = kind.of_type
+    if hasattr(kind, "types"):
+        return "{ __typename " + " ".join(f"... on {it.name} {draw(_of_the_schema(it, depth + 1))}" for it in kind.types) + " }"
+    if not hasattr(kind, "fields"):
+        return ""
+    fields = []
+    for name in draw(st.lists(st.sampled_from(sorted(kind.fields)), min_size=1, max_size=5, unique=True)):
+        field = kind.fields[name]
+        below = draw(_of_the_schema(field.type, depth + 1)) if depth < 7 else ""
+        if depth >= 7 and hasattr(_bare(field.type), "fields"):
+            continue
+        given = [f"{key}: ${draw(st.sampled_from(sorted(_GOOD)))}" for key in field.args if draw(st.booleans())]
+        fields.append(f"{name}{'(' + ', '.join(given) + ')' if given else ''} {below}")
+    return "{ __typename " + " ".join(fields) + " }"
+
+
+def _bare(kind: Any) -> Any:
+    while hasattr(kind, "of_type"):
+        kind = kind.of_type
+    return kind
+
+
+_GOOD = {
+    "acme": "acme",
+    "p": "p",
+    "bikes": "stock:v0",
+    "name": "stock",
+    "alias": "v0",
+    "type": "dataset",
+    "run": "r",
+    "artifact": base64.b64encode(b"Artifact:acme/p/stock:v0").decode(),
+    "collection": base64.b64encode(b"ArtifactCollection:acme/p/stock").decode(),
+    "count": 3,
+    "filter": '{"name": {"$regex": "b"}}',
+    "list": ["a.txt", "f"],
+}
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.data_too_large])
+@given(data=st.data(), place=st.sampled_from(["artifact", "collection", "project", "run", "entity", "top"]), value=_VALUE)
+def test_no_field_makes_it_fail(served: Served, stocked: None, data: st.DataObject, place: str, value: Any) -> None:
+    types = schema.schema().type_map
+    kinds = {"artifact": "Artifact", "collection": "ArtifactSequence", "project": "Project", "run": "Run", "entity": "Entity"}
+    inner = data.draw(_of_the_schema(types[kinds[place]] if place in kinds else None, 2))
+    around = {
+        "artifact": "{ artifact(id: $artifact) %s }",
+        "collection": "{ artifactCollection(id: $collection) { ... on ArtifactSequence %s } }",
+        "project": "{ project(entityName: $acme, name: $p) %s }",
+        "run": "{ project(entityName: $acme, name: $p) { run(name: $run) %s } }",
+        "entity": "{ entity(name: $acme) %s }",
+        "top": "%s",
+    }
+    query = "query Q(" + " ".join(f"${key}: X" for key in _GOOD) + ") " + around[place] % inner
+    variables = {**_GOOD, data.draw(st.sampled_from(["filter", "count", "list", "alias", "type"])): value}
+    answer = served.post(json.dumps({"query": query, "variables": variables}).encode())
+    assert answer.status_code in (200, 400), answer.text
+    assert "its log says more" not in answer.text, (query, variables, answer.text)
+
+
+@pytest.fixture(scope="module")
+def stocked(served: Served) -> None:
+    """Something to look at: a version with a link, a run that used it and has a file that has come, and one that has not."""
+    id = served.log({"a.txt": b"a", "f": b"f"}, "stock")
+    version = served.store.version(ArtifactName("acme", "p", "stock", "v0"))
+    served.store.link(version, ArtifactName("acme", "p", "a-shelf"))
+    run = {"entityName": "acme", "projectName": "p", "runName": "r"}
+    served.data("mutation M($i: X) { upsertBucket(input: $i) { inserted } }", i={**run, "modelName": "p", "name": "r"})
+    served.data("mutation M($i: X) { useArtifact(input: $i) { artifact { id } } }", i={**run, "artifactID": id})
+    asked = "mutation M($i: X) { createRunFiles(input: $i) { files { name uploadUrl sizeBytes } } }"
+    (file, _) = served.data(asked, i={**run, "files": ["f", "late"]})["files"]
+    assert served.http.put(file["uploadUrl"], data=b"x", timeout=10).status_code == 200
