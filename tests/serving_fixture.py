@@ -140,13 +140,13 @@ def start_server(
         process.stdout.close()
 
 
-def _first_line(process: subprocess.Popen[str]) -> str:
+def _first_line(process: subprocess.Popen[str], timeout: float = _READY) -> str:
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
     assert process.stdout is not None
     stdout = process.stdout
     threading.Thread(target=lambda: lines.put(stdout.readline()), daemon=True).start()
     try:
-        return lines.get(timeout=_READY)
+        return lines.get(timeout=timeout)
     except queue.Empty:
         return ""
 
@@ -173,3 +173,69 @@ def try_client(
     environment = server.environment(home, key)
     command = [sys.executable, "-c", script, *arguments]
     return subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+_WORKER = """
+import contextlib, io, json, os, sys, traceback
+answers = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
+import wandb
+for line in sys.stdin:
+    asked = json.loads(line)
+    os.chdir(asked["folder"])
+    shown = {}
+    try:
+        exec(compile(asked["code"], "<client>", "exec"), {"shown": shown, **asked["names"]})
+        error = ""
+    except BaseException:
+        error = traceback.format_exc()
+    if wandb.run is not None:
+        wandb.run.finish(1 if error else 0)
+    answers.write(json.dumps({"shown": shown, "error": error}, default=str) + "\\n")
+    answers.flush()
+"""
+
+
+class ClientProcess:
+    """The real client as one process that runs one piece of code after the other: most of a short script is its start-up."""
+
+    def __init__(self, server: WandbServer, home: Path) -> None:
+        self._errors = open(home / "client.log", "w+")  # noqa: SIM115 - closed by close
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _WORKER],
+            cwd=home,
+            env=server.environment(home),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+        )
+
+    def run(self, folder: Path, code: str, names: dict[str, object], timeout: float = 110) -> dict[str, object]:
+        """Run code in ``folder`` with ``names`` among its globals; what it put into ``shown``."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({"folder": str(folder), "code": code, "names": names}) + "\n")
+        self._process.stdin.flush()
+        line = _first_line(self._process, timeout)
+        assert line, f"the client said nothing for {timeout} seconds: {self._told()}"
+        answer = json.loads(line)
+        assert not answer["error"], f"{answer['error']}\n{self._told()}"
+        shown = answer["shown"]
+        assert isinstance(shown, dict)
+        return shown
+
+    def _told(self) -> str:
+        self._errors.seek(0)
+        return self._errors.read()[-2000:]
+
+    def close(self) -> None:
+        """End it."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
+        self._errors.close()

@@ -25,6 +25,7 @@ _CODE = "import sys; from artifactfs.cli import program\nfor words in {}: print(
 def reference() -> str:
     """What follows the mark: the help of each command, without the options that all have."""
     commands = [[name] for name in program.COMMANDS] + [["cache", name] for name in ("info", "prune", "verify")]
+    commands += [["serve", "key", name] for name in ("add", "list", "remove")]
     code = _CODE.format(sorted(commands, key=lambda words: (list(program.COMMANDS).index(words[0]), words[1:])))
     env = {**os.environ, "COLUMNS": "100"}
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env).stdout

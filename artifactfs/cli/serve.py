@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +36,14 @@ from artifactfs.store.urls import open_store
     show_default=True,
     metavar="S",
     help="Seconds that a signed URL is good for.",
+)
+@click.option(
+    "--shutdown-timeout",
+    type=click.IntRange(1, 3600),
+    default=30,
+    show_default=True,
+    metavar="S",
+    help="Seconds that requests under way have to end once the server is to stop.",
 )
 @click.option("--log-format", type=click.Choice(["json", "text"]), default="json", show_default=True, help="The form of the log.")
 @click.pass_context
@@ -79,6 +88,7 @@ def _serve(session: Session, options: dict[str, Any]) -> None:
         tls_key=options["tls_key"] or "",
         max_upload=parse_size(options["max_upload"], "--max-upload"),
         url_lifetime=options["url_lifetime"],
+        shutdown_timeout=options["shutdown_timeout"],
         log_format=options["log_format"],
     )
     if chosen.tls_key and not chosen.tls_cert:
@@ -99,7 +109,7 @@ def _serve(session: Session, options: dict[str, Any]) -> None:
             session.result(document, f"serving {service.store.url} at {url}")
             sys.stdout.flush()
 
-        server.run(service, listening, ready)
+        server.run(service, listening, ready, lambda: os._exit(0))
     finally:
         service.close()
 

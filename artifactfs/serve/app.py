@@ -10,9 +10,9 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-import functools
 import json
 import logging
+import math
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -40,14 +40,14 @@ from artifactfs.errors import (
     UsageError,
 )
 from artifactfs.names import parse
-from artifactfs.serve.contents import Arrival, Download, open_by_digest, open_entry, read_file, span_of
+from artifactfs.serve.contents import Arrival, Begun, Download, begin, open_by_digest, open_entry, read_file
 from artifactfs.serve.keys import Caller
 from artifactfs.serve.manifests import write_manifest
 from artifactfs.serve.mutations import Mutation, check_run, check_write
 from artifactfs.serve.nodes import Query
 from artifactfs.serve.observing import ROUTES, Metrics, access, request_id
 from artifactfs.serve.saving import check_object
-from artifactfs.serve.schema import Answer, execute, prepare
+from artifactfs.serve.schema import Answer, Operation, execute, prepare
 from artifactfs.serve.service import Context, Service
 from artifactfs.serve.signing import Claims
 
@@ -63,6 +63,16 @@ _LEAST_RATE = 1024
 """Bytes a second that a body must make on the whole, beyond the time-out."""
 _MUTATIONS = 64
 """Mutations at a time: a client that loses patience repeats a commit, which waits for the first."""
+
+_SHORT = 64 << 10
+"""Bytes of JSON that may be read in the event loop: a thread would take longer."""
+_ALWAYS = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"content-security-policy", b"default-src 'none'; sandbox"),
+    (b"cache-control", b"no-store"),
+)
+"""Headers of all answers: what people stored must do nothing in a browser, and stay nowhere."""
+_JUDGED = (b"content-length", b"transfer-encoding", b"sec-fetch-site")
 
 _T = TypeVar("_T")
 _Handler = Callable[[Request], Awaitable[Response]]
@@ -94,9 +104,13 @@ class Application:
         self._service = service
         self.metrics = Metrics(service.state)
         threads = service.options.threads
+        self.working: set[object] = set()
+        """One thing for each piece of work that a thread does."""
+        self._unlimited = anyio.CapacityLimiter(math.inf)
         self._reading = anyio.CapacityLimiter(threads)
         self._moving = anyio.CapacityLimiter(threads)
         self._changing = anyio.CapacityLimiter(_MUTATIONS)
+        self._looking = anyio.CapacityLimiter(1)  # what needs no key takes no thread from what does
         routes = [
             Route("/graphql", self.graphql, methods=["POST"]),
             Route("/storage/{token}/{name:path}", self.get_storage, methods=["GET"]),
@@ -113,13 +127,23 @@ class Application:
         self.app: ASGIApp = Watched(Starlette(routes=routes, exception_handlers=handlers), self.metrics, service)
 
     async def _in_thread(self, limiter: anyio.CapacityLimiter, work: Callable[..., _T], *arguments: Any) -> _T:
-        return await anyio.to_thread.run_sync(functools.partial(work, *arguments), limiter=limiter)
+        ticket = object()
+
+        def working() -> _T:
+            try:
+                return work(*arguments)
+            finally:
+                self.working.discard(ticket)
+
+        async with limiter:
+            self.working.add(ticket)  # until the thread is done, even if the request is not there any more
+            return await anyio.to_thread.run_sync(working, limiter=self._unlimited)
 
     # Who asks
 
     def _context(self, request: Request, caller: Caller) -> Context:
         request.state.caller = caller.name
-        base = self._service.options.public_url or f"{request.url.scheme}://{request.headers.get('host', '')}"
+        base = self._service.options.public_url or f"{request.scope['scheme']}://{request.headers.get('host', '')}"
         return Context(self._service, caller, base, request_id.get())
 
     def _caller(self, request: Request) -> Caller:
@@ -155,15 +179,13 @@ class Application:
     async def graphql(self, request: Request) -> Response:
         context = self._context(request, self._caller(request))
         body = await self._body(request, self._service.options.max_document)
-        try:
-            asked = msgspec.json.decode(body)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-            raise UsageError("the request is no JSON that can be read") from None
-        answer = await self._answer(context, asked)
-        data = await self._in_thread(self._reading, _encode, answer.body)
+        asked = _decoded(body) if len(body) < _SHORT else await self._in_thread(self._reading, _decoded, body)
+        answer, data = await self._answer(context, asked)
+        self.metrics.operations.labels(*answer).inc()
         return Response(data, media_type="application/json")
 
-    async def _answer(self, context: Context, asked: Any) -> Answer:
+    async def _answer(self, context: Context, asked: Any) -> tuple[tuple[str, str], bytes]:
+        """((field, outcome), the answer as JSON) of a request."""
         try:
             if not isinstance(asked, dict) or not isinstance(asked.get("query"), str):
                 raise UsageError('a GraphQL request is an object with a "query"')
@@ -172,23 +194,17 @@ class Application:
                 raise UsageError('"variables" must be an object, and "operationName" a string')
             operation = await self._in_thread(self._reading, prepare, asked["query"], name or None)
         except UsageError as error:
-            self.metrics.operations.labels("none", "refused").inc()
-            return Answer({"data": None, "errors": [{"message": str(error)}]}, True, False)
-        changes = operation.kind == "mutation"
-        root = Mutation(context) if changes else Query(context)
-        limiter = self._changing if changes else self._reading
-        answer = await self._in_thread(limiter, execute, operation, root, context, variables or {})
-        outcome = "broken" if answer.broken else "failed" if answer.failed else "done"
-        self.metrics.operations.labels(operation.label, outcome).inc()
-        return answer
+            return ("none", "refused"), _encode({"data": None, "errors": [{"message": str(error)}]})
+        limiter = self._changing if operation.kind == "mutation" else self._reading
+        answer, data = await self._in_thread(limiter, _executed, operation, context, variables or {})
+        return (operation.label, "broken" if answer.broken else "failed" if answer.failed else "done"), data
 
     # Signed URLs
 
     async def get_storage(self, request: Request) -> Response:
         context, claims = self._claims(request)
         if claims.kind == "entry":
-            opened = await self._in_thread(self._reading, open_entry, context, *claims.names)
-            return await self._send(request, opened)
+            return await self._send(request, open_entry, context, *claims.names)
         if claims.kind == "manifest":
             return await self._send_manifest(context, claims.names[0])
         if claims.kind == "run-file":
@@ -196,7 +212,8 @@ class Application:
             path = context.state.run_files(*claims.names).get(claims.names[1])
             if path is None or not path.exists():
                 raise NotFoundError("there is no such file")
-            return Pieces(self._pieces(read_file(path)), {"Content-Length": str(path.stat().st_size)})
+            headers = {"Content-Type": "application/octet-stream", "Content-Disposition": "attachment"}
+            return Pieces(self._pieces(read_file(path)), {**headers, "Content-Length": str(path.stat().st_size)})
         raise NotPermittedError("the URL is not for reading")
 
     async def _send_manifest(self, context: Context, version: str) -> Response:
@@ -229,18 +246,17 @@ class Application:
     async def _receive(self, request: Request, target: Any, most: int, claims: Claims, given: str) -> str:
         """Take the body; its hex MD5."""
         _check_length(request, most)
-        arrival = await self._in_thread(self._moving, Arrival, target, most, claims.md5 or given, claims.digest)
+        arrival = Arrival(target, most, claims.md5 or given, claims.digest)
         try:
             batch = bytearray()
             async for data in self._stream(request):
                 batch += data
                 if len(batch) >= _BATCH:
-                    await self._in_thread(self._moving, arrival.write, bytes(batch))
+                    await self._in_thread(self._moving, arrival.write, batch)
                     self.metrics.received.inc(len(batch))
-                    batch.clear()
-            await self._in_thread(self._moving, arrival.write, bytes(batch))
+                    batch = bytearray()
             self.metrics.received.inc(len(batch))
-            return await self._in_thread(self._moving, arrival.finish)
+            return await self._in_thread(self._moving, arrival.finish, batch)
         finally:
             arrival.abandon()
 
@@ -258,34 +274,20 @@ class Application:
         else:
             raise NotFoundError("there is nothing here")
         context.need_read(entity, "the content")
-        opened = await self._in_thread(self._reading, open_by_digest, context, entity, ids, digest)
-        return await self._send(request, opened)
+        return await self._send(request, open_by_digest, context, entity, ids, digest)
 
-    async def _send(self, request: Request, opened: Download) -> Response:
-        headers = {"ETag": opened.etag, "Accept-Ranges": "bytes", "Content-Type": "application/octet-stream"}
-        if opened.etag in request.headers.get("if-none-match", ""):
-            opened.close()
-            return Response(b"", 304, headers)
-        wanted = request.headers.get("range")
-        if request.headers.get("if-range", opened.etag) != opened.etag:
-            wanted = None
-        span = span_of(wanted, opened.size)
-        if span is None:
-            opened.close()
-            return Response(b"", 416, {**headers, "Content-Range": f"bytes */{opened.size}"})
-        headers["Content-Length"] = str(span.end - span.start)
-        if span.partial:
-            headers["Content-Range"] = f"bytes {span.start}-{span.end - 1}/{opened.size}"
-        status = 206 if span.partial else 200
-        if request.method == "HEAD" or span.start == span.end:
-            opened.close()
-            return Pieces(_nothing(), headers, status)
-        try:
-            first = await self._in_thread(self._reading, opened.read, span.start, span.end)
-        except BaseException:
-            opened.close()
-            raise
-        return Pieces(self._rest(opened, first, span.start + len(first), span.end), headers, status)
+    async def _send(self, request: Request, opening: Callable[..., Download], *arguments: Any) -> Response:
+        """The content that ``opening`` gives. A small one takes one turn of one thread."""
+
+        def work() -> tuple[Download, Begun]:
+            opened = opening(*arguments)
+            return opened, begin(opened, request.method, request.headers)
+
+        opened, begun = await self._in_thread(self._reading, work)
+        if begun.offset == begun.end:
+            self.metrics.sent.inc(len(begun.body))
+            return Response(begun.body, begun.status, begun.headers)
+        return Pieces(self._rest(opened, begun.body, begun.offset, begun.end), begun.headers, begun.status)
 
     async def _rest(self, opened: Download, first: bytes, offset: int, end: int) -> AsyncIterator[bytes]:
         try:
@@ -315,10 +317,7 @@ class Application:
         check_write(context, entity)
         check_run(run)
         body = await self._body(request, MAX_STREAM)
-        try:
-            told = msgspec.json.decode(body)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-            raise UsageError("the request is no JSON that can be read") from None
+        told = _decoded(body) if len(body) < _SHORT else await self._in_thread(self._reading, _decoded, body)
         if isinstance(told, dict):
             await self._in_thread(self._changing, _note_run, context, f"{entity}/{project}/{run}", told)
         return JSONResponse({"exitcode": None, "limits": {}})
@@ -327,11 +326,11 @@ class Application:
 
     async def healthz(self, request: Request) -> Response:
         """200 if the store and the data directory answer."""
-        await self._in_thread(self._reading, self._service.check)
+        await self._in_thread(self._looking, self._service.check)
         return JSONResponse({"status": "ok"})
 
     async def show_metrics(self, request: Request) -> Response:
-        return Response(await self._in_thread(self._reading, self.metrics.text), media_type="text/plain; version=0.0.4")
+        return Response(await self._in_thread(self._looking, self.metrics.text), media_type="text/plain; version=0.0.4")
 
     # Bodies
 
@@ -352,7 +351,8 @@ class Application:
         stream = request.stream()
         while True:
             try:
-                data = await asyncio.wait_for(anext(stream), patience)
+                async with asyncio.timeout(patience):
+                    data = await anext(stream)
             except StopAsyncIteration:
                 return
             except TimeoutError:
@@ -374,8 +374,11 @@ class Pieces(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        gone = asyncio.create_task(_until_gone(receive))
         try:
             async for piece in self.body_iterator:
+                if gone.done():
+                    return  # to whom the rest is nothing
                 if piece:
                     await send({"type": "http.response.body", "body": piece, "more_body": True})
         except ArtifactFSError as error:
@@ -384,6 +387,7 @@ class Pieces(Response):
         except OSError:
             return  # the client has gone
         finally:
+            gone.cancel()
             await self.body_iterator.aclose()  # type: ignore[attr-defined]  # it is a generator
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
@@ -401,6 +405,9 @@ class Watched:
             return await self._app(scope, receive, send)
         id = secrets.token_hex(8)
         request_id.set(id)
+        scope["path"] = scope["path"].replace(
+            "\n", " "
+        )  # patterns of routes stop at a line feed; names are read from the raw path
         route = scope["path"].split("/", 2)[1]
         route = {"artifactsV2": "artifacts", "files": "file_stream"}.get(route, route)
         route = route if route in ROUTES else "other"
@@ -411,7 +418,7 @@ class Watched:
             nonlocal status, sent
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", id.encode())]
+                message["headers"] = [*message.get("headers", ()), *_ALWAYS, (b"x-request-id", id.encode())]
             elif message["type"] == "http.response.body":
                 sent += len(message.get("body", b""))
             await send(message)
@@ -429,10 +436,29 @@ class Watched:
             access.info("request", extra={"fields": {**fields, "caller": caller}})
 
     async def _answered(self, scope: Scope, receive: Receive, send: Send) -> None:
+        reason = _not_taken(scope)
+        if reason:
+            return await _error(400, reason, {"Connection": "close"})(scope, receive, send)
         try:
             await self._app(scope, receive, send)
         except Exception:  # it was answered (see _explained), as far as it could be
             log.exception("request failed")
+
+
+async def _until_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _not_taken(scope: Scope) -> str:
+    """Why a request is not even looked at; "" for one that is. A body of two lengths may end elsewhere for a proxy before us; and
+    a page of another site must not use the password that a browser remembers."""
+    names = {name: value for name, value in scope["headers"] if name in _JUDGED}
+    if b"content-length" in names and b"transfer-encoding" in names:
+        return "a request has either Content-Length or Transfer-Encoding"
+    if names.get(b"sec-fetch-site", b"none") not in (b"none", b"same-origin"):
+        return "requests of other sites' pages are not answered"
+    return ""
 
 
 def _error(status: int, message: str, headers: dict[str, str] | None = None) -> Response:
@@ -465,6 +491,19 @@ def _raw_parts(request: Request) -> list[str]:
     return [unquote(part, errors="surrogateescape") for part in raw.decode("ascii", "replace").strip("/").split("/")]
 
 
+def _decoded(body: bytes) -> Any:
+    try:
+        return msgspec.json.decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        raise UsageError("the request is no JSON that can be read") from None
+
+
+def _executed(operation: Operation, context: Context, variables: dict[str, Any]) -> tuple[Answer, bytes]:
+    root = Mutation(context) if operation.kind == "mutation" else Query(context)
+    answer = execute(operation, root, context, variables)
+    return answer, _encode(answer.body)
+
+
 def _encode(body: Any) -> bytes:
     return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
 
@@ -472,11 +511,6 @@ def _encode(body: Any) -> bytes:
 def _next_piece(pieces: Iterator[bytes]) -> bytes:
     """The next piece that is not empty; b"" at the end."""
     return next((piece for piece in pieces if piece), b"")
-
-
-async def _nothing() -> AsyncIterator[bytes]:
-    return
-    yield b""
 
 
 def _note_run(context: Context, path: str, told: dict[str, Any]) -> None:

@@ -67,4 +67,4 @@ class Checksums:
                 yield offset
         finally:
             handle.close()
-        self._state.add_checksums([(file.id, hasher.digest())])
+        self._state.add_checksum(file.id, hasher.digest())

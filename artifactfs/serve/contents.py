@@ -8,9 +8,9 @@ import hashlib
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import xxhash
 
@@ -23,8 +23,8 @@ from artifactfs.serve.manifests import entries_after
 from artifactfs.serve.saving import find_version, sync
 from artifactfs.serve.service import Context
 
-PIECE = 4 << 20
-"""Bytes that are read, and held, at a time for each download."""
+PIECE = 1 << 20
+"""Bytes that are read, and held, at a time for each download: hundreds of slow clients must fit into memory."""
 
 _RANGE = re.compile(r"bytes=(\d{0,19})-(\d{0,19})")
 
@@ -70,6 +70,52 @@ class Download:
 
     def close(self) -> None:
         self._handle.close()
+
+
+class Begun(NamedTuple):
+    """An answer with a content: its head, and ``body``, of which bytes from ``offset`` to before ``end`` are yet to be read. A
+    download of which nothing is left is closed."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes = b""
+    offset: int = 0
+    end: int = 0
+
+
+def begin(opened: Download, method: str, asked: Mapping[str, str]) -> Begun:
+    """What a request with the headers ``asked`` is answered. Closes the download if that is all, or fails."""
+    try:
+        begun = _begin(opened, method, asked)
+    except BaseException:
+        opened.close()
+        raise
+    if begun.offset == begun.end:
+        opened.close()
+    return begun
+
+
+def _begin(opened: Download, method: str, asked: Mapping[str, str]) -> Begun:
+    headers = {
+        "ETag": opened.etag,
+        "Accept-Ranges": "bytes",
+        "Content-Type": "application/octet-stream",
+        "Content-Disposition": "attachment",
+    }
+    if opened.etag in asked.get("if-none-match", ""):
+        return Begun(304, headers)
+    wanted = asked.get("range") if asked.get("if-range", opened.etag) == opened.etag else None
+    span = span_of(wanted, opened.size)
+    if span is None:
+        return Begun(416, {**headers, "Content-Range": f"bytes */{opened.size}"})
+    headers["Content-Length"] = str(span.end - span.start)
+    if span.partial:
+        headers["Content-Range"] = f"bytes {span.start}-{span.end - 1}/{opened.size}"
+    status = 206 if span.partial else 200
+    if method == "HEAD" or span.start == span.end:
+        return Begun(status, headers)
+    first = opened.read(span.start, span.end)  # what fails at once has a status
+    return Begun(status, headers, first, span.start + len(first), span.end)
 
 
 def open_entry(context: Context, version: str, path: str) -> Download:
@@ -147,7 +193,8 @@ def _has(context: Context, file: File, digest: bytes) -> bool:
 class Arrival:
     """A body that is written to disk under another name until it is complete and has the digest that it must have.
 
-    For one thread at a time. UsageError for one that is larger than ``most``, IntegrityError for one that is not what was said.
+    For one thread at a time; nothing is on disk before the first :meth:`write`. UsageError for one that is larger than ``most``,
+    IntegrityError for one that is not what was said.
     """
 
     def __init__(self, target: Path, most: int, md5: str, digest: str) -> None:
@@ -158,11 +205,13 @@ class Arrival:
         self._md5 = hashlib.md5(usedforsecurity=False)
         self._xxh128 = xxhash.xxh3_128() if digest else None
         self._path = target.with_name(f"{target.name}.{secrets.token_hex(4)}.tmp")
-        try:
-            target.parent.mkdir(mode=0o700, exist_ok=True)
+        self._file: BinaryIO | None = None
+
+    def _opened(self) -> BinaryIO:
+        if self._file is None:
+            self._target.parent.mkdir(mode=0o700, exist_ok=True)
             self._file = open(self._path, "xb", buffering=0)  # noqa: SIM115 - closed by finish or abandon
-        except OSError as error:
-            raise from_os_error(error, "keeping an upload") from None
+        return self._file
 
     def write(self, data: bytes | bytearray) -> None:
         self.size += len(data)
@@ -172,14 +221,16 @@ class Arrival:
         if self._xxh128 is not None:
             self._xxh128.update(data)
         try:
+            file = self._opened()
             view = memoryview(data)
             while view:
-                view = view[self._file.write(view) :]
+                view = view[file.write(view) :]
         except OSError as error:
             raise from_os_error(error, "keeping an upload") from None
 
-    def finish(self) -> str:
-        """Check what arrived and give it its name, to stay; its hex MD5."""
+    def finish(self, last: bytes | bytearray) -> str:
+        """Write the last bytes, check what arrived, and give it its name, to stay; its hex MD5."""
+        self.write(last)
         md5, digest = self._expected
         found = base64.b64encode(self._md5.digest()).decode()
         if md5 and found != md5:
@@ -187,8 +238,9 @@ class Arrival:
         if digest and self._xxh128 is not None and base64.b64encode(self._xxh128.digest()).decode() != digest:
             raise IntegrityError(f"what arrived has not the XXH128 {digest}; send it again")
         try:
-            sync(self._file)
-            self._file.close()
+            file = self._opened()
+            sync(file)
+            file.close()
             os.replace(self._path, self._target)
             _sync_folder(self._target.parent)
         except OSError as error:
@@ -197,6 +249,8 @@ class Arrival:
 
     def abandon(self) -> None:
         """Remove what arrived, unless it was finished."""
+        if self._file is None:
+            return
         self._file.close()
         with contextlib.suppress(OSError):
             os.unlink(self._path)

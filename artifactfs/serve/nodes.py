@@ -1041,7 +1041,11 @@ class RunFileNode:
     url = direct_url
 
     def size_bytes(self) -> int:
-        return self._context.state.run_object(self._path, self.name).stat().st_size
+        path = self._context.state.run_files(self._path, self.name).get(self.name)
+        try:
+            return path.stat().st_size if path is not None else 0
+        except FileNotFoundError:
+            return 0  # it has not arrived
 
     def updated_at(self) -> str | None:
         return None

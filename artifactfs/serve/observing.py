@@ -11,14 +11,19 @@ import datetime
 import json
 import logging
 import sys
+import threading
 import traceback
 from typing import Any
 
+from cachetools import TTLCache, cached
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from artifactfs.serve.state import State
 
 ROUTES = ("graphql", "storage", "artifacts", "file_stream", "healthz", "metrics", "other")
+
+_COUNTS_FOR = 5.0
+"""Seconds for which the number and size of uploads is not counted again."""
 
 request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="")
 
@@ -38,10 +43,12 @@ class Metrics:
         self.sent = Counter(f"{prefix}_sent_bytes", "Bytes of contents and manifests", registry=self.registry)
         self.running = Gauge(f"{prefix}_requests_running", "Requests that are being answered", registry=self.registry)
         self.refused = Counter(f"{prefix}_refused", "Requests without the right", ["reason"], registry=self.registry)
+        # Whoever asks need no key: to ask again and again must not cost a walk through the disk each time.
+        counts = cached(TTLCache(1, _COUNTS_FOR), lock=threading.Lock())(state.counts)
         pending = Gauge(f"{prefix}_pending_uploads", "Versions that are being uploaded", registry=self.registry)
-        pending.set_function(lambda: state.counts()[0])
+        pending.set_function(lambda: counts()[0])
         size = Gauge(f"{prefix}_pending_bytes", "Bytes on disk of versions that are being uploaded", registry=self.registry)
-        size.set_function(lambda: state.counts()[1])
+        size.set_function(lambda: counts()[1])
 
     def text(self) -> bytes:
         """All of them in Prometheus' format."""

@@ -16,19 +16,19 @@ import binascii
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import itertools
 import os
 import secrets
+import shutil
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
 
 from artifactfs.content import manifest_digest
-from artifactfs.errors import ConflictError, IntegrityError, NotFoundError, UsageError
+from artifactfs.errors import ConflictError, IntegrityError, NotFoundError, UsageError, from_os_error
 from artifactfs.folders import MadeFolder
 from artifactfs.model import BLAKE3, MD5, XXH128, Collection, Dir, Entry, File, Ref, Run, Version
 from artifactfs.names import LATEST, ArtifactName, check_new_alias, parse, version_number
@@ -199,10 +199,11 @@ class Announced(NamedTuple):
 def announce_files(context: Context, pending: Pending, files: Iterable[Announced]) -> list[Uploaded]:
     """What the entries are to be made of, in order: an object to upload, or what is stored or uploaded already."""
     newest = context.store.newest(pending.name)
+    find = functools.cache(functools.partial(_numbered, context, pending))
     noted = []
     for file in files:
         check_digest(file)
-        stored = _stored_already(context, pending, newest, file)
+        stored = _stored_already(context, pending, newest, file, find)
         noted.append(Uploaded(file.name, file.md5, file.digest, secrets.token_hex(16), _ENCODE(stored) if stored else None))
     return context.state.add_files(pending.id, noted)
 
@@ -221,8 +222,18 @@ def check_digest(file: Announced) -> None:
         raise UsageError(f"file {file.name[:80]!r} has no digest")
 
 
-def _stored_already(context: Context, pending: Pending, newest: Version | None, file: Announced) -> File | None:
-    """The stored entry of this digest in a version of the collection; the caller, who writes there, may read those."""
+def _numbered(context: Context, pending: Pending, number: int) -> Version | None:
+    """The version of that number of the collection, None if there is none any more."""
+    with contextlib.suppress(NotFoundError, IntegrityError):
+        return context.store.version(pending.name.at(f"v{number}"))
+    return None
+
+
+def _stored_already(
+    context: Context, pending: Pending, newest: Version | None, file: Announced, find: Callable[[int], Version | None]
+) -> File | None:
+    """The stored entry of this digest in a version of the collection, which ``find`` finds by its number; the caller, who writes
+    there, may read those."""
     if newest is not None:
         found = _file_at(context, newest, file.name, file)
         if found is not None:
@@ -233,8 +244,11 @@ def _stored_already(context: Context, pending: Pending, newest: Version | None, 
     if place is None:
         return None
     number, path = place
+    version = find(number)
+    if version is None:
+        return None
     with contextlib.suppress(NotFoundError, IntegrityError):
-        return _file_at(context, context.store.version(pending.name.at(f"v{number}")), path, file)
+        return _file_at(context, version, path, file)
     return None
 
 
@@ -302,6 +316,7 @@ class _Commit:
         self._store = context.store
         self._pending = pending
         self._versions: dict[str, Version | None] = {}
+        self._numbered = functools.cache(functools.partial(_numbered, context, pending))
         self._entries = sqlite3.connect("")  # a temporary file that SQLite removes; in memory while it is small
         self._entries.execute(
             "CREATE TABLE entries (place BLOB PRIMARY KEY, path TEXT NOT NULL, source INTEGER NOT NULL, entry BLOB) WITHOUT ROWID"
@@ -482,7 +497,7 @@ class _Commit:
                 kept = _as_wanted(self._context, found, wanted, True, f"{version.qualified_name}/{listed.path}")
                 if kept is not None:
                     return kept
-        stored = _stored_already(self._context, self._pending, None, wanted)
+        stored = _stored_already(self._context, self._pending, None, wanted, self._numbered)
         if stored is not None:
             return stored
         raise UsageError(
@@ -495,7 +510,7 @@ class _Commit:
             Announced(listed.path, "", listed.digest) if listed.algorithm == XXH128 else Announced(listed.path, listed.digest, "")
         )
         newest = self._cached("newest", lambda: self._store.newest(self._pending.name))
-        again = _stored_already(self._context, self._pending, newest, wanted)
+        again = _stored_already(self._context, self._pending, newest, wanted, self._numbered)
         if again is None or again.id != file.id:
             raise ConflictError(f"the version that has the bytes of {listed.path!r} was deleted meanwhile; log it again")
         return again
@@ -637,30 +652,24 @@ def part_object(object: str, number: int) -> str:
 
 
 def _join(context: Context, pending: Pending, object: str, numbers: Sequence[int]) -> None:
-    """Append the parts to the first one, each removed once it was taken over."""
+    """Put the parts one after the other. That the whole has the MD5 that was announced is checked by the commit, as for all
+    files: each part has been."""
     state = context.state
     paths = [state.object_path(pending.id, part_object(object, number)) for number in numbers]
     missing = [number for number, path in zip(numbers, paths, strict=True) if not path.exists()]
     if missing:
         raise UsageError(f"part {missing[0]} was not uploaded yet")
-    file = state.file_of(pending.id, object)
     whole = state.folder(pending.id) / f"{object}.{secrets.token_hex(4)}.tmp"
-    hasher = hashlib.md5(usedforsecurity=False)
     try:
         with open(whole, "xb") as target:
             for path in paths:
                 with open(path, "rb") as part:
-                    while data := part.read(4 << 20):
-                        hasher.update(data)
-                        target.write(data)
+                    shutil.copyfileobj(part, target, 4 << 20)
             target.flush()
-            from_md5 = base64.b64encode(hasher.digest()).decode()
-            if file.md5 and from_md5 != file.md5:
-                raise IntegrityError(
-                    f"the parts of {file.name!r} have the MD5 {from_md5} together, not {file.md5}; upload it again"
-                )
             sync(target)
         whole.replace(state.object_path(pending.id, object))
+    except OSError as error:
+        raise from_os_error(error, "keeping an upload") from None
     finally:
         whole.unlink(missing_ok=True)
     for path in paths:

@@ -42,6 +42,8 @@ log = logging.getLogger(__name__)
 
 MAX_DOCUMENT = 128 << 10
 """Characters of a document. The client's largest is 5,000."""
+_MAX_KEPT = 8 << 10
+"""Characters of a document whose parsed form, a hundred times as large, is kept."""
 MAX_TOKENS = 20_000
 MAX_DEPTH = 24
 """Levels of selection sets. The client's deepest has 13."""
@@ -290,8 +292,17 @@ class _PlainVariables(Visitor):
         )
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=128)
+def _parsed_once(text: str) -> DocumentNode:
+    return _parse(text)
+
+
 def _parsed(text: str) -> DocumentNode:
+    """Clients send the same documents again and again; what is kept of them is bounded, in number and in size."""
+    return _parsed_once(text) if len(text) <= _MAX_KEPT else _parse(text)
+
+
+def _parse(text: str) -> DocumentNode:
     try:
         document = parse(text, no_location=True, max_tokens=MAX_TOKENS)
     except GraphQLError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import time
 import urllib.parse
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,6 +61,7 @@ class Service:
         self.checksums = Checksums(store, self.reader, state)
         self.committing = threading.BoundedSemaphore(_COMMITS)
         """Commits that store bytes at a time: each has workers of its own."""
+        self._well_until = 0.0
         self._lock = threading.Lock()
         self._held: dict[str, _Held] = {}
         self._versions: LRUCache[str, Version] = LRUCache(4096)
@@ -70,9 +72,13 @@ class Service:
         self.state.close()
 
     def check(self) -> None:
-        """Raises what is wrong if the store or the data directory does not answer."""
+        """Raises what is wrong if the store or the data directory does not answer; that they did is good for a second, because
+        who asks needs no key."""
+        if time.monotonic() < self._well_until:
+            return
         self.store.entities()
         self.state.pending("")
+        self._well_until = time.monotonic() + 1.0
 
     @contextmanager
     def holding(self, name: str) -> Iterator[None]:

@@ -37,6 +37,8 @@ from artifactfs.names import ArtifactName
 
 KEEP_PENDING = 7 * 24 * 3600
 """Seconds without any request until what was uploaded of a version that was never committed is removed."""
+_CHECKSUMS = 1000
+"""MD5s of contents that are written at a time: each write waits for the disk."""
 KEEP_RESULTS = 90 * 24 * 3600
 """Seconds for which the id that a version had while it was uploaded is known afterwards."""
 
@@ -149,6 +151,7 @@ class State:
                 f"another server uses the data directory {root}; stop it, or name another with --data-dir"
             ) from None
         self._lock = threading.RLock()
+        self._fresh: dict[bytes, bytes] = {}
         self._database = sqlite3.connect(root / "serve.sqlite", check_same_thread=False, isolation_level=None)
         self._database.execute("PRAGMA journal_mode = WAL")
         self._database.execute("PRAGMA synchronous = FULL")
@@ -157,6 +160,7 @@ class State:
 
     def close(self) -> None:
         with self._lock:
+            self.write_checksums()
             self._database.close()
             os.close(self._held)
 
@@ -375,12 +379,24 @@ class State:
 
     def checksum(self, content: bytes) -> bytes | None:
         """The MD5 of a stored content."""
+        fresh = self._fresh.get(content)
+        if fresh is not None:
+            return fresh
         rows = self._rows("SELECT md5 FROM checksums WHERE content = ?", (content,))
         return rows[0][0] if rows else None
 
-    def add_checksums(self, found: Iterable[tuple[bytes, bytes]]) -> None:
+    def add_checksum(self, content: bytes, md5: bytes) -> None:
+        """Note the MD5 of a content. It is written with others: a killed process loses some, which are worked out again."""
+        with self._lock:
+            self._fresh[content] = md5
+            if len(self._fresh) >= _CHECKSUMS:
+                self.write_checksums()
+
+    def write_checksums(self) -> None:
+        """Write the MD5s that were noted since the last time."""
         with self._transaction() as database:
-            database.executemany("INSERT OR IGNORE INTO checksums VALUES (?, ?)", found)
+            database.executemany("INSERT OR IGNORE INTO checksums VALUES (?, ?)", list(self._fresh.items()))
+            self._fresh.clear()
 
     # Projects and runs: what a store has no place for
 

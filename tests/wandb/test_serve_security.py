@@ -20,166 +20,14 @@ import pytest
 import requests
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from served import BY_ID, COMMIT, CREATE, FILES, MANIFEST, NAMED, Served, digest_of, manifest_of, md5_of, upload_of
 
 from artifactfs.model import File
 from artifactfs.names import ArtifactName
-from artifactfs.serve import schema, server
-from artifactfs.serve.keys import KeyFile
-from artifactfs.serve.service import Options, Service
+from artifactfs.serve import schema
+from artifactfs.serve.service import Service
 from artifactfs.serve.signing import Claims, Signer
 from artifactfs.serve.state import KEEP_PENDING, State
-from artifactfs.store.urls import open_store
-
-
-class Served:
-    """A server in this process, with keys for those who write and read ``acme`` and write ``other``."""
-
-    def __init__(self, root: Path, **options: Any) -> None:
-        self.root = root
-        self.keys = KeyFile(root / "keys.json")
-        self.writer = self.keys.add("writer", {"acme": "write"})
-        self.reader = self.keys.add("reader", {"acme": "read"})
-        self.stranger = self.keys.add("stranger", {"other": "write"})
-        self.options = Options(**{"port": 0, "shutdown_timeout": 5.0, **options})
-        self.store = open_store(str(root / "store"))
-        self.service = Service(self.store, None, State(root / "data"), self.keys, self.options)
-        self.http = requests.Session()
-
-    @contextlib.contextmanager
-    def running(self) -> Iterator[Served]:
-        listening = server.bound_socket(self.options)
-        self.url = server.url_of(self.options, listening)
-        self.port = listening.getsockname()[1]
-        stops: list[Any] = []
-        ready = threading.Event()
-
-        def note(stop: Any) -> None:
-            stops.append(stop)
-            ready.set()
-
-        thread = threading.Thread(target=server.run, args=(self.service, listening, note))
-        thread.start()
-        try:
-            assert ready.wait(20)
-            yield self
-        finally:
-            self.http.close()
-            for stop in stops:
-                stop()
-            thread.join(20)
-            assert not thread.is_alive()
-            self.service.close()
-
-    def graphql(self, query: str, variables: dict[str, Any] | None = None, key: str | None = None) -> dict[str, Any]:
-        """The answer, which must be 200."""
-        answer = self.post({"query": query, "variables": variables}, key)
-        if answer.status_code == 400 and "\\ud" in json.dumps(variables):
-            return {"errors": answer.json()["errors"], "data": None}  # text that no JSON can hold
-        assert answer.status_code == 200, answer.text
-        body = answer.json()
-        assert isinstance(body, dict)
-        return body
-
-    def post(self, body: Any, key: str | None = None) -> requests.Response:
-        key = self.writer if key is None else key
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        return self.http.post(f"{self.url}/graphql", data=data, auth=("api", key) if key else None, timeout=30)
-
-    def data(self, query: str, key: str | None = None, **variables: Any) -> Any:
-        """What the first field gave, which must not have failed."""
-        body = self.graphql(query, variables, key)
-        assert "errors" not in body, body
-        return next(iter(body["data"].values()))
-
-    def message(self, query: str, key: str | None = None, **variables: Any) -> str:
-        """What the first error says."""
-        body = self.graphql(query, variables, key)
-        assert body.get("errors"), body
-        return str(body["errors"][0]["message"])
-
-    def begin(self, key: str | None = None, **changes: Any) -> str:
-        """Begin an upload; its id."""
-        input = {
-            "entityName": "acme",
-            "projectName": "p",
-            "artifactTypeName": "dataset",
-            "artifactCollectionName": "bikes",
-            "digest": "0" * 32,
-            "aliases": [{"artifactCollectionName": "bikes", "alias": "latest"}],
-            **changes,
-        }
-        return str(self.data(CREATE, key, input=input)["artifact"]["id"])
-
-    def announce(self, artifact: str, name: str, data: bytes, md5: str = "") -> dict[str, Any]:
-        """Announce a file of an upload."""
-        file = {"artifactID": artifact, "artifactManifestID": "x", "name": name, "md5": md5 or md5_of(data)}
-        node = self.data(FILES, input={"artifactFiles": [file], "storageLayout": "V2"})["files"]["edges"][0]["node"]
-        assert isinstance(node, dict)
-        return node
-
-    def put_manifest(self, artifact: str, manifest: Any, kind: str = "FULL") -> None:
-        data = manifest if isinstance(manifest, bytes) else json.dumps(manifest).encode()
-        input = {"artifactID": artifact, "name": "m", "digest": md5_of(data), "type": kind}
-        file = self.data(MANIFEST, input=input)["artifactManifest"]["file"]
-        assert self.http.put(file["uploadUrl"], data=data, timeout=30).status_code == 200
-
-    def log(self, files: dict[str, bytes], collection: str = "bikes", entity: str = "acme", key: str | None = None) -> str:
-        """Log a version as the client does; its id."""
-        digests = {name: md5_of(data) for name, data in files.items()}
-        artifact = self.begin(key, digest=digest_of(digests), artifactCollectionName=collection, entityName=entity, aliases=[])
-        contents = {name: {"digest": digests[name], "size": len(data)} for name, data in files.items()}
-        for name, data in files.items():
-            file = {"artifactID": artifact, "name": name, "md5": digests[name]}
-            (edge,) = self.data(FILES, key, input={"artifactFiles": [file]})["files"]["edges"]
-            if edge["node"]["uploadUrl"]:
-                assert self.http.put(edge["node"]["uploadUrl"], data=data, timeout=30).status_code == 200
-        manifest = json.dumps(manifest_of(contents)).encode()
-        input = {"artifactID": artifact, "name": "m", "digest": md5_of(manifest), "type": "FULL"}
-        url = self.data(MANIFEST, key, input=input)["artifactManifest"]["file"]["uploadUrl"]
-        assert self.http.put(url, data=manifest, timeout=30).status_code == 200
-        return str(self.data(COMMIT, key, id=artifact)["artifact"]["id"])
-
-    def raw(self, data: bytes, wait: float = 10) -> bytes:
-        """What comes back for bytes that are sent as they are, until the server closes."""
-        with socket.create_connection(("127.0.0.1", self.port), timeout=wait) as connection:
-            connection.sendall(data)
-            connection.shutdown(socket.SHUT_WR)
-            answer = b""
-            while piece := connection.recv(65536):
-                answer += piece
-            return answer
-
-
-CREATE = "mutation M($input: CreateArtifactInput!) { createArtifact(input: $input) { artifact { id state } } }"
-FILES = """mutation M($input: CreateArtifactFilesInput!) { createArtifactFiles(input: $input) { files { edges { node {
-  uploadUrl uploadHeaders storagePath uploadMultipartUrls { uploadID uploadUrlParts { partNumber uploadUrl } }
-  artifact { id } } } } } }"""
-MANIFEST = (
-    """mutation M($input: X!) { createArtifactManifest(input: $input) { artifactManifest { id file { id uploadUrl } } } }"""
-)
-COMMIT = "mutation M($id: ID!) { commitArtifact(input: {artifactID: $id}) { artifact { id digest } } }"
-NAMED = """query Q($e: String, $p: String, $n: String!) { project(entityName: $e, name: $p) {
-  artifactCollectionMembership(name: $n) { versionIndex artifact { id digest aliases { alias } } } } }"""
-BY_ID = """query Q($id: ID!) { artifact(id: $id) { id state currentManifest { file { directUrl } }
-  files { edges { node { name directUrl } } } } }"""
-
-
-def md5_of(data: bytes) -> str:
-    return base64.b64encode(hashlib.md5(data).digest()).decode()
-
-
-def digest_of(digests: dict[str, str]) -> str:
-    text = "wandb-artifact-manifest-v1\n" + "".join(f"{name}:{digest}\n" for name, digest in sorted(digests.items()))
-    return hashlib.md5(text.encode()).hexdigest()
-
-
-def manifest_of(contents: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "version": 1,
-        "storagePolicy": "wandb-storage-policy-v1",
-        "storagePolicyConfig": {"storageLayout": "V2"},
-        "contents": contents,
-    }
 
 
 @pytest.fixture(scope="module")
@@ -384,12 +232,8 @@ def test_uploads_are_what_they_were_signed_for(served: Served) -> None:
     assert served.announce(artifact, "a.txt", b"right")["uploadUrl"] is None
     served.put_manifest(artifact, manifest_of({"a.txt": {"digest": md5_of(b"right"), "size": 5}}))
     assert "as was announced" in served.message(COMMIT, id=artifact)
-    served.service.state.discard(_upload_of(artifact))
+    served.service.state.discard(upload_of(artifact))
     assert put(node["uploadUrl"], data=b"right", timeout=10).status_code == 404  # replayed after its end
-
-
-def _upload_of(id: str) -> str:
-    return base64.b64decode(id).decode().rpartition(":")[2]
 
 
 def test_an_md5_is_no_key_to_bytes(served: Served) -> None:
@@ -652,8 +496,23 @@ def test_oversized_bodies(tmp_path: Path) -> None:
             served.http.put(url, data=iter([data[:30_000], data[30_000:]]), timeout=10).status_code == 400
         )  # chunked: no length
         assert not list((tmp_path / "data/pending").rglob("*.tmp"))
-        with contextlib.suppress(ConnectionError):  # cut off while it still sends
+        with contextlib.suppress(OSError):  # cut off while it still sends
             assert served.raw(b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"y" * 3_000_000).startswith(b"HTTP/1.1 400")
+
+
+def _drips(connection: socket.socket, data: bytes) -> bool:
+    """Whether the server lets all of it come, a byte each 50 ms."""
+    connection.settimeout(0.05)
+    for byte in data:
+        try:
+            connection.sendall(bytes([byte]))
+            if connection.recv(65536) == b"":
+                return False
+        except TimeoutError:
+            continue
+        except OSError:
+            return False
+    return True
 
 
 def test_slow_clients(tmp_path: Path) -> None:
@@ -661,14 +520,8 @@ def test_slow_clients(tmp_path: Path) -> None:
         begun = time.monotonic()
         with socket.create_connection(("127.0.0.1", served.port), timeout=10) as idle:
             assert idle.recv(1) == b""
-        with socket.create_connection(("127.0.0.1", served.port), timeout=10) as slow, contextlib.suppress(OSError):
-            if slow:  # a byte now and then does not help
-                for byte in b"GET /healthz HTTP/1.1\r\nHost: x\r\n":
-                    slow.sendall(bytes([byte]))
-                    slow.settimeout(0.1)
-                    with contextlib.suppress(TimeoutError):
-                        if slow.recv(1) == b"":
-                            break
+        with socket.create_connection(("127.0.0.1", served.port), timeout=10) as slow:
+            assert not _drips(slow, b"GET /healthz HTTP/1.1\r\nHost: x\r\n" + b"X: " + b"y" * 200)  # a byte now and then
         authorization = base64.b64encode(f"api:{served.writer}".encode())
         head = (
             b"POST /graphql HTTP/1.1\r\nHost: x\r\nAuthorization: Basic " + authorization + b"\r\nContent-Length: 1000\r\n\r\n{"
@@ -746,7 +599,7 @@ def test_uploads_survive_a_restart(tmp_path: Path) -> None:
         artifact = first.begin(digest=digest_of({"a": md5_of(data)}))
         first.http.put(first.announce(artifact, "a", data)["uploadUrl"], data=data, timeout=10)
         first.put_manifest(artifact, manifest_of({"a": {"digest": md5_of(data), "size": len(data)}}))
-        (tmp_path / "data/pending" / _upload_of(artifact) / "half.tmp").write_bytes(b"x")
+        (tmp_path / "data/pending" / upload_of(artifact) / "half.tmp").write_bytes(b"x")
     second = Served.__new__(Served)
     second.__dict__.update(first.__dict__)
     second.http = requests.Session()
@@ -764,7 +617,7 @@ def test_uploads_that_nobody_goes_on_with_are_removed(served: Served) -> None:
     assert served.service.state.expire(time.time() + KEEP_PENDING - 100) == 0
     assert served.service.state.expire(time.time() + KEEP_PENDING + 100) >= 1
     assert "not found" in served.message(COMMIT, id=artifact)
-    assert not (served.root / "data/pending" / _upload_of(artifact)).exists()
+    assert not (served.root / "data/pending" / upload_of(artifact)).exists()
 
 
 def test_bytes_that_rot_on_the_servers_disk_become_no_version(served: Served) -> None:
@@ -773,7 +626,7 @@ def test_bytes_that_rot_on_the_servers_disk_become_no_version(served: Served) ->
         artifact = served.begin(artifactCollectionName="rotten", digest=digest_of({"a": md5_of(data)}))
         served.http.put(served.announce(artifact, "a", data)["uploadUrl"], data=data, timeout=10)
         served.put_manifest(artifact, manifest_of({"a": {"digest": md5_of(data), "size": 4}}), kind)
-        folder = served.root / "data/pending" / _upload_of(artifact)
+        folder = served.root / "data/pending" / upload_of(artifact)
         for path in folder.iterdir():
             if path.read_bytes() == data:
                 path.write_bytes(b"wrong bytes")
@@ -950,3 +803,156 @@ def test_no_url_makes_it_fail(served: Served, method: str, first: str, rest: lis
     assert answer.status < 500, (method, path)
     answer.read()
     connection.close()
+
+
+_READ = [
+    "viewer",
+    "entity",
+    "project",
+    "artifact",
+    "artifactCollection",
+    "files",
+    "edges",
+    "node",
+    "name",
+    "id",
+    "teams",
+    "aliases",
+]
+_OTHER = [
+    "createArtifact",
+    "commitArtifact",
+    "__typename",
+    "__schema",
+    "__type",
+    "types",
+    "fields",
+    "nope",
+    "a",
+    "on",
+    "fragment",
+]
+_NAMES = st.sampled_from([*_READ, *_OTHER])
+_ARGUMENTS = st.sampled_from(
+    ["", "", '(name: "acme")', "(first: -1)", "(first: 99999999999999999999)", "(id: $v)", '(x: {a: [1, "\\u0000"]})']
+)
+_DIRECTIVES = st.sampled_from(["", "", "@include(if: $v)", "@skip(if: true)", "@include", "@nope(x: 1)"])
+
+
+def _selections(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
+    field = st.builds("{}{}{} {}".format, st.sampled_from(["", "b: ", "c: "]), _NAMES, _ARGUMENTS, inner)
+    spread = st.sampled_from(["...F", "...G", "... on Artifact { id }", "... on Nope { x }", "... @include(if: $v) { id }"])
+    return st.lists(st.builds("{} {}".format, field, _DIRECTIVES) | spread, min_size=1, max_size=4).map(
+        lambda parts: "{ " + " ".join(parts) + " }"
+    )
+
+
+_SELECTION = st.recursive(st.just(""), _selections, max_leaves=12)
+_FRAGMENTS = ["", "fragment F on Query { viewer { id } }", "fragment F on Query { ...G } fragment G on Query { ...F }"]
+_DOCUMENT = st.builds(
+    "{} {} {}".format,
+    st.sampled_from(["", "query", "query Q($v: X)", "mutation M($v: [X!]! = 5)", "subscription", "fragment F on Query", "type"]),
+    _SELECTION.filter(bool) | st.text(max_size=20),
+    st.sampled_from(_FRAGMENTS),
+)
+_BODY = st.binary(max_size=60) | st.text(max_size=60).map(lambda text: json.dumps({"query": text}).encode())
+
+
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(query=_DOCUMENT, value=_VALUE, name=st.none() | st.sampled_from(["Q", "M", ""]))
+def test_no_document_makes_it_fail(served: Served, query: str, value: Any, name: str | None) -> None:
+    body = {"query": query, "variables": {"v": value}, "operationName": name}
+    answer = served.post(json.dumps(body, ensure_ascii=True).encode())
+    assert answer.status_code in (200, 400), answer.text
+    assert "its log says more" not in answer.text
+
+
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    body=st.binary(max_size=60) | st.text(max_size=60).map(lambda text: json.dumps({"query": text}).encode()),
+    cut=st.integers(0, 60),
+)
+def test_no_body_makes_it_fail(served: Served, body: bytes, cut: int) -> None:
+    answer = served.post(body[:cut])
+    assert answer.status_code in (200, 400), answer.text
+    assert "its log says more" not in answer.text
+    stream = f"{served.url}/files/acme/p/r/file_stream"
+    assert served.http.post(stream, data=body, auth=("api", served.writer), timeout=10).status_code in (200, 400)
+
+
+@st.composite
+def _of_the_schema(draw: st.DrawFn, kind: Any = None, depth: int = 0) -> str:
+    """A selection of fields that the schema has, with values for their arguments: what gets beyond the parser."""
+    kind = kind or schema.schema().query_type
+    while hasattr(kind, "of_type"):
+        kind = kind.of_type
+    if hasattr(kind, "types"):
+        return "{ __typename " + " ".join(f"... on {it.name} {draw(_of_the_schema(it, depth + 1))}" for it in kind.types) + " }"
+    if not hasattr(kind, "fields"):
+        return ""
+    fields = []
+    for name in draw(st.lists(st.sampled_from(sorted(kind.fields)), min_size=1, max_size=5, unique=True)):
+        field = kind.fields[name]
+        below = draw(_of_the_schema(field.type, depth + 1)) if depth < 7 else ""
+        if depth >= 7 and hasattr(_bare(field.type), "fields"):
+            continue
+        given = [f"{key}: ${draw(st.sampled_from(sorted(_GOOD)))}" for key in field.args if draw(st.booleans())]
+        fields.append(f"{name}{'(' + ', '.join(given) + ')' if given else ''} {below}")
+    return "{ __typename " + " ".join(fields) + " }"
+
+
+def _bare(kind: Any) -> Any:
+    while hasattr(kind, "of_type"):
+        kind = kind.of_type
+    return kind
+
+
+_GOOD = {
+    "acme": "acme",
+    "p": "p",
+    "bikes": "stock:v0",
+    "name": "stock",
+    "alias": "v0",
+    "type": "dataset",
+    "run": "r",
+    "artifact": base64.b64encode(b"Artifact:acme/p/stock:v0").decode(),
+    "collection": base64.b64encode(b"ArtifactCollection:acme/p/stock").decode(),
+    "count": 3,
+    "filter": '{"name": {"$regex": "b"}}',
+    "list": ["a.txt", "f"],
+}
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.data_too_large])
+@given(data=st.data(), place=st.sampled_from(["artifact", "collection", "project", "run", "entity", "top"]), value=_VALUE)
+def test_no_field_makes_it_fail(served: Served, stocked: None, data: st.DataObject, place: str, value: Any) -> None:
+    types = schema.schema().type_map
+    kinds = {"artifact": "Artifact", "collection": "ArtifactSequence", "project": "Project", "run": "Run", "entity": "Entity"}
+    inner = data.draw(_of_the_schema(types[kinds[place]] if place in kinds else None, 2))
+    around = {
+        "artifact": "{ artifact(id: $artifact) %s }",
+        "collection": "{ artifactCollection(id: $collection) { ... on ArtifactSequence %s } }",
+        "project": "{ project(entityName: $acme, name: $p) %s }",
+        "run": "{ project(entityName: $acme, name: $p) { run(name: $run) %s } }",
+        "entity": "{ entity(name: $acme) %s }",
+        "top": "%s",
+    }
+    query = "query Q(" + " ".join(f"${key}: X" for key in _GOOD) + ") " + around[place] % inner
+    variables = {**_GOOD, data.draw(st.sampled_from(["filter", "count", "list", "alias", "type"])): value}
+    answer = served.post(json.dumps({"query": query, "variables": variables}).encode())
+    assert answer.status_code in (200, 400), answer.text
+    assert "its log says more" not in answer.text, (query, variables, answer.text)
+
+
+@pytest.fixture(scope="module")
+def stocked(served: Served) -> None:
+    """Something to look at: a version with a link, a run that used it and has a file that has come, and one that has not."""
+    id = served.log({"a.txt": b"a", "f": b"f"}, "stock")
+    version = served.store.version(ArtifactName("acme", "p", "stock", "v0"))
+    served.store.link(version, ArtifactName("acme", "p", "a-shelf"))
+    run = {"entityName": "acme", "projectName": "p", "runName": "r"}
+    served.data("mutation M($i: X) { upsertBucket(input: $i) { inserted } }", i={**run, "modelName": "p", "name": "r"})
+    served.data("mutation M($i: X) { useArtifact(input: $i) { artifact { id } } }", i={**run, "artifactID": id})
+    asked = "mutation M($i: X) { createRunFiles(input: $i) { files { name uploadUrl sizeBytes } } }"
+    (file, _) = served.data(asked, i={**run, "files": ["f", "late"]})["files"]
+    assert served.http.put(file["uploadUrl"], data=b"x", timeout=10).status_code == 200
