@@ -39,10 +39,22 @@ from artifactfs.store.drafts import Draft, Published
 from artifactfs.store.native import NativeStore, encode_record, native_store, now
 from artifactfs.store.semvers import NEXT, semvers
 from artifactfs.store.server import ArtifactServer
-from artifactfs.store.upload import Change, Folder, NewFile, NewRef, Progress, Report, Upload
+from artifactfs.store.upload import Change, Folder, NewFile, NewRef, Progress, Report, Streamed, Upload
 from artifactfs.tree import EMPTY, DirUpdate, Tree, forget_page
 
-__all__ = ["Change", "Draft", "Folder", "NewFile", "NewRef", "Progress", "Published", "Report", "build_digest", "publish"]
+__all__ = [
+    "Change",
+    "Draft",
+    "Folder",
+    "NewFile",
+    "NewRef",
+    "Progress",
+    "Published",
+    "Report",
+    "Streamed",
+    "build_digest",
+    "publish",
+]
 
 
 DEFAULT_TYPE = "dataset"
@@ -120,7 +132,7 @@ def build_digest(folder: Folder, tree: Tree, algorithm: str = BLAKE3) -> str:
     def build(folder: Folder) -> Dir:
         update = DirUpdate(tree, folder.base, hold)
         for name, change in folder.changes():
-            if isinstance(change, (NewFile, NewRef)):
+            if isinstance(change, (NewFile, NewRef, Streamed)):
                 raise TypeError(f"{name!r} is not stored yet")
             update.change(name, change if change is None or isinstance(change, Entry) else build(change))
         return update.finish()
@@ -271,6 +283,8 @@ def objects_of(store: NativeStore, root: Dir) -> list[str]:
 def _create(store: NativeStore, draft: Draft, root: Dir) -> Published:
     """Create the version under the next free number, unless somebody else has just made the same one."""
     digest = store.tree.digest(root, draft.algorithm)
+    if draft.expect_digest not in ("", digest):
+        raise IntegrityError(f"{draft.name.path} would get the digest {digest}, not {draft.expect_digest}; nothing is made")
     while True:
         # The numbers first: whoever commits after that takes the number that is tried here. So what is checked below against
         # the newest version still holds at the moment at which this one comes into being.

@@ -5,21 +5,24 @@ the uploads, the manifest itself, CommitArtifact. Before the commit nobody sees 
 version, which the server clears up. The client id of the version follows from the draft's commit, so that a repeated attempt can
 ask what became of the first one. What the base version has and the draft did not change is listed with the version that stored
 it, and not sent again; of the rest the server wants what it does not have.
+
+What another store has is read from there as it is sent, and once before where its MD5 is not known (or those of its parts): no
+file of it is ever whole on this machine. Whatever is sent has its last bytes held back until all of it is known to be right.
 """
 
 from __future__ import annotations
 
 import base64
 import contextlib
-import dataclasses
 import hashlib
 import json
 import logging
 import mimetypes
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import IO, Any, Protocol
 from urllib.parse import urljoin
 
@@ -27,20 +30,23 @@ import msgspec
 from blake3 import blake3
 
 from artifactfs import http
+from artifactfs.content import EntryChecksum
 from artifactfs.errors import (
     ArtifactFSError,
     CommError,
     ConflictError,
+    IntegrityError,
     NetworkError,
     NotPermittedError,
     UsageError,
     from_os_error,
 )
-from artifactfs.model import Dir, Entry, File, Ref, Remote, Symlink, Version
+from artifactfs.model import MD5, Dir, Entry, File, Ref, Remote, Symlink, Version
 from artifactfs.names import LATEST, ArtifactName
 from artifactfs.references.sorting import Sorted
 from artifactfs.store.drafts import Draft, Published
-from artifactfs.store.upload import Folder, NewFile, NewRef, Progress, Report
+from artifactfs.store.storing import Content, Contents
+from artifactfs.store.upload import Folder, NewFile, NewRef, Progress, Report, Streamed
 from artifactfs.store.wandb import queries
 from artifactfs.store.wandb.client import Client, Node, dig
 from artifactfs.store.wandb.manifest import ARTIFACT_SCHEME, locator_of
@@ -54,6 +60,7 @@ _MOST_PARTS = 10_000
 _BATCH = 200
 _WORKERS = 8
 _PIECE = 1 << 20
+_AHEAD = 4 * _WORKERS  # files of another store that are being read for their MD5s
 _CLIENT_ID = 128
 _ALPHABET = "0123456789abcdefghijklmnopqrstuvwxyz"
 _INHERIT, _NEVER = -1, -2
@@ -76,7 +83,8 @@ class Catalog(Protocol):
 
 
 class _Item(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """One line of the manifest to be. ``local``: the file to send, "" for what is not sent; ``parts``: MD5s of its parts, hex."""
+    """One line of the manifest to be. ``local``: the file to send; ``elsewhere``: which of the other stores' contents to
+    send; "" and -1 for what is not sent. ``parts``: MD5s of its parts, hex."""
 
     path: str
     digest: str
@@ -86,6 +94,12 @@ class _Item(msgspec.Struct, frozen=True, array_like=True, gc=False):
     extra: dict[str, str | int] = {}
     birth: str = ""
     parts: tuple[str, ...] = ()
+    elsewhere: int = -1
+
+    @property
+    def is_sent(self) -> bool:
+        """Whether its bytes are for the server, if that does not have them."""
+        return bool(self.local) or self.elsewhere >= 0
 
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -97,6 +111,21 @@ def save(store: Catalog, draft: Draft, report: Report | None) -> Published:
     return _Saving(store, draft, report).run()
 
 
+def made_by(store: Catalog, name: ArtifactName, commit: str) -> Version | None:
+    """The version of ``name`` that a commit made; None if it made none, or that was deleted."""
+    try:
+        id = dig(store.client.ask(queries.CLIENT_ID, clientID=client_id(commit)), "clientIDMapping", "serverID")
+        if not isinstance(id, str) or not id:
+            return None
+        node = dig(store.client.ask(queries.ARTIFACT, id=id), "artifact")
+    except (NetworkError, NotPermittedError):
+        raise
+    except ArtifactFSError as error:  # a server that does not know the id
+        log.debug("%s", error)
+        return None
+    return store.version_of(id, name) if dig(node, "state") == "COMMITTED" else None
+
+
 class _Saving:
     """One attempt."""
 
@@ -106,6 +135,7 @@ class _Saving:
         self._draft = draft
         self._report = report
         self._progress = Progress()
+        self._elsewhere: list[Contents] = []
 
     def run(self) -> Published:
         draft, store = self._draft, self._store
@@ -122,8 +152,12 @@ class _Saving:
             )
         with contextlib.ExitStack() as stack:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="artifactfs-"))
-            items = Sorted(self._items(draft.folder, ""), folder, lambda item: item.path, _encode, _decode)
+            items = Sorted(self._hashed_items(draft.folder), folder, lambda item: item.path, _encode, _decode)
             digest = _manifest_digest(items)
+            if draft.expect_digest not in ("", digest):
+                raise IntegrityError(
+                    f"{draft.name.path} would get the digest {digest}, not {draft.expect_digest}; nothing is made"
+                )
             created = self._create(kind, digest)
             artifact = str(created["id"])
             if created.get("state") == "COMMITTED":  # the same is there already
@@ -136,17 +170,7 @@ class _Saving:
 
     def _own(self) -> Version | None:
         """The version that an earlier attempt at this commit made."""
-        try:
-            id = dig(self._client.ask(queries.CLIENT_ID, clientID=client_id(self._draft.commit)), "clientIDMapping", "serverID")
-            if not isinstance(id, str) or not id:
-                return None
-            node = dig(self._client.ask(queries.ARTIFACT, id=id), "artifact")
-        except (NetworkError, NotPermittedError):
-            raise
-        except ArtifactFSError as error:  # a server that does not know the id
-            log.debug("%s", error)
-            return None
-        return self._store.version_of(id, self._draft.name) if dig(node, "state") == "COMMITTED" else None
+        return made_by(self._store, self._draft.name, self._draft.commit)
 
     def _type(self) -> str:
         draft = self._draft
@@ -159,7 +183,29 @@ class _Saving:
 
     # What is in it
 
-    def _items(self, folder: Folder, prefix: str) -> Iterator[_Item]:
+    def _hashed_items(self, folder: Folder) -> Iterator[_Item]:
+        """The lines, those of other stores read by several workers."""
+        window: deque[_Item | Future[_Item]] = deque()
+        with ThreadPoolExecutor(_WORKERS, thread_name_prefix="hash") as pool:
+            try:
+                for item in self._items(folder, ""):
+                    window.append(pool.submit(self._hashed_there, item) if isinstance(item, Streamed) else item)
+                    while len(window) > _AHEAD:
+                        yield self._counted(window.popleft())
+                while window:
+                    yield self._counted(window.popleft())
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _counted(self, found: _Item | Future[_Item]) -> _Item:
+        if isinstance(found, Future):
+            item = found.result()
+            self._count(1, item.size, 0)
+            return item
+        return found
+
+    def _items(self, folder: Folder, prefix: str) -> Iterator[_Item | Streamed]:
         tree = self._store.tree
         base = tree.entries(folder.base) if folder.base is not None else iter(())
         kept = next(base, None)
@@ -174,6 +220,10 @@ class _Saving:
                 continue
             if isinstance(change, NewFile):
                 yield self._hashed(path, change)
+            elif isinstance(change, Streamed):
+                if not any(known is change.contents for known in self._elsewhere):
+                    self._elsewhere.append(change.contents)
+                yield change
             elif isinstance(change, NewRef):
                 yield from self._stored(path, change.ref)
             elif isinstance(change, (File, Dir, Symlink, Ref)):
@@ -224,6 +274,31 @@ class _Saving:
         self._count(1, size, 0)
         digest = base64.b64encode(whole.digest()).decode()
         return _Item(path, digest, size, local=os.path.abspath(change.path), parts=tuple(parts))
+
+    def _hashed_there(self, new: Streamed) -> _Item:
+        """A file of another store. Its MD5 is what that says, where it does; all that is read is compared with what it says."""
+        where = next(number for number, known in enumerate(self._elsewhere) if known is new.contents)
+        file = new.file
+        if file.algorithm == MD5 and file.checksum and file.size < MULTIPART:
+            return _Item(new.path, file.checksum, file.size, elsewhere=where)
+        known, whole, parts = EntryChecksum(file.algorithm), hashlib.md5(usedforsecurity=False), []
+        step = part_size(file.size)
+        with contextlib.closing(new.opened()) as content:
+            for start in range(0, file.size, step):
+                part = hashlib.md5(usedforsecurity=False)
+                for offset in range(start, min(start + step, file.size), _PIECE):
+                    size = min(_PIECE, start + step - offset, file.size - offset)
+                    piece = content.read(offset, size)
+                    if len(piece) != size:
+                        raise new.wrong()
+                    for running in (known, whole, part):
+                        running.update(piece)
+                parts.append(part.hexdigest())
+        if file.digest not in ("", known.finish()):
+            raise new.wrong()
+        digest = base64.b64encode(whole.digest()).decode()
+        told = tuple(parts) if file.size >= MULTIPART else ()
+        return _Item(new.path, digest, file.size, parts=told, elsewhere=where)
 
     def _count(self, files: int, size: int, stored: int) -> None:
         self._progress.files += files
@@ -276,7 +351,7 @@ class _Saving:
         with ThreadPoolExecutor(_WORKERS, thread_name_prefix="upload") as pool:
             batch: list[_Item] = []
             for item in items:
-                if item.local:
+                if item.is_sent:
                     batch.append(item)
                 if len(batch) == _BATCH:
                     self._send_files(artifact, str(manifest["id"]), batch, births, pool)
@@ -289,7 +364,8 @@ class _Saving:
             url = dig(whole, "file", "uploadUrl")
             if not isinstance(url, str):
                 raise CommError(f"{self._store.url} does not say where to put the manifest of {self._draft.name.path}")
-            self._put(url, dig(whole, "file", "uploadHeaders"), file.name, 0, os.fstat(file.fileno()).st_size)
+            size = os.fstat(file.fileno()).st_size
+            self._put(url, dig(whole, "file", "uploadHeaders"), lambda: _Slice(_LocalContent(file.name), 0, size), size)
 
     def _manifest(self, artifact: str, digest: str, upload: bool) -> Node:
         name = self._draft.name
@@ -355,7 +431,7 @@ class _Saving:
         url = node.get("uploadUrl")
         if not isinstance(url, str) or not url:
             return 0
-        self._put(url, node.get("uploadHeaders"), item.local, 0, item.size, item.digest)
+        self._put(url, node.get("uploadHeaders"), self._body(item, 0, item.size, item.digest), item.size)
         return item.size
 
     def _send_parts(self, artifact: str, item: _Item, node: Node, parts: list[Any]) -> None:
@@ -366,9 +442,8 @@ class _Saving:
         for number, digest in enumerate(item.parts, 1):
             offset = (number - 1) * step
             md5 = base64.b64encode(bytes.fromhex(digest)).decode()
-            etag = self._put(
-                str(urls[number]), [f"Content-MD5:{md5}"], item.local, offset, min(step, item.size - offset), md5
-            ).get("etag")
+            size = min(step, item.size - offset)
+            etag = self._put(str(urls[number]), [f"Content-MD5:{md5}"], self._body(item, offset, size, md5), size).get("etag")
             if not etag:
                 raise CommError(f"{self._store.url} confirms no part {number} of {item.path}")
             done.append({"partNumber": number, "hexMD5": etag})
@@ -381,9 +456,21 @@ class _Saving:
             uploadID=str(dig(node, "uploadMultipartUrls", "uploadID")),
         )
 
-    def _put(self, url: str, given: object, path: str, offset: int, size: int, digest: str = "") -> dict[str, str]:
-        """Send ``size`` bytes of a file, and the headers that the server gave; the headers of the answer. ConflictError if the
-        bytes sent have another MD5 than ``digest``."""
+    def _body(self, item: _Item, offset: int, size: int, digest: str) -> Callable[[], _Slice]:
+        """What opens ``size`` bytes of a file, whose MD5 is ``digest``, to be sent."""
+
+        def opened() -> _Slice:
+            if item.elsewhere < 0:
+                return _Slice(_LocalContent(item.local), offset, size, digest, _changed(item.local))
+            there = self._elsewhere[item.elsewhere]
+            wrong = IntegrityError(f"{there.where(item.path)} is not what was recorded: it has another MD5; it is not copied")
+            return _Slice(there.open(item.path), offset, size, digest, wrong)
+
+        return opened
+
+    def _put(self, url: str, given: object, opened: Callable[[], _Slice], size: int) -> dict[str, str]:
+        """Send ``size`` bytes of a file, and the headers that the server gave; the headers of the answer. Raises what ``opened``
+        and its reading do."""
         url = urljoin(self._client.base + "/", url)
         headers = self._client.headers(url)
         for line in given if isinstance(given, list) else ():
@@ -397,15 +484,11 @@ class _Saving:
                 return b""
             while slices:
                 slices.pop().close()
-            slices.append(_Slice(path, offset, size))
+            slices.append(opened())
             return slices[0]  # type: ignore[return-value]  # requests reads it and asks its length
 
         try:
             answer = http.exchange("PUT", url, headers, body, self._client.deadline)
-            if slices and digest and slices[0].digest() != digest:
-                raise _changed(path)
-        except OSError as error:
-            raise from_os_error(error, f"reading {path}") from None
         finally:
             while slices:
                 slices.pop().close()
@@ -442,22 +525,46 @@ class Births:
         return self._others.get(path, artifact)
 
 
-@dataclasses.dataclass(slots=True)
+class _LocalContent:
+    """A local file as a content. ConflictError once it ends before it should."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        try:
+            self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - close() ends it
+        except OSError as error:
+            raise from_os_error(error, f"reading {path}") from None
+
+    def read(self, offset: int, size: int) -> bytes:
+        """``size`` bytes from ``offset``, fewer only at the end."""
+        try:
+            data = os.pread(self._file.fileno(), size, offset)
+            while 0 < len(data) < size and (more := os.pread(self._file.fileno(), size - len(data), offset + len(data))):
+                data += more
+        except OSError as error:
+            raise from_os_error(error, f"reading {self._path}") from None
+        return data
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._file.close()
+
+
 class _Slice:
-    """A part of a file as ``requests`` sends one: it has a length and is read once; its MD5 is taken on the way."""
+    """A part of a content as ``requests`` sends one: it has a length and is read once.
 
-    path: str
-    offset: int
-    size: int
+    Its MD5 is taken on the way; where that is not ``digest`` (base64), or the content ends too early, ``wrong`` is raised instead
+    of the last of it.
+    """
 
-    _file: IO[bytes] = dataclasses.field(init=False)
-    _left: int = dataclasses.field(init=False)
-    _hash: Any = dataclasses.field(init=False)
-
-    def __post_init__(self) -> None:
-        self._file = open(self.path, "rb")  # noqa: SIM115 - close() ends it
-        self._file.seek(self.offset)
-        self._left = self.size
+    def __init__(self, content: Content, offset: int, size: int, digest: str = "", wrong: ArtifactFSError | None = None) -> None:
+        self._content = content
+        self._offset = offset
+        self._left = size
+        self._fetch = size
+        self._digest = digest
+        self._wrong = wrong
+        self._held = memoryview(b"")
         self._hash = hashlib.md5(usedforsecurity=False)
 
     def __len__(self) -> int:
@@ -468,19 +575,24 @@ class _Slice:
             yield piece
 
     def read(self, size: int = -1) -> bytes:
-        """The next bytes."""
-        piece = self._file.read(self._left if size < 0 else min(size, self._left))
+        """The next bytes, not more than a piece."""
+        if not self._held and self._fetch:
+            piece = self._content.read(self._offset, min(_PIECE, self._fetch))
+            self._offset += len(piece)
+            self._fetch -= len(piece)
+            self._hash.update(piece)
+            self._held = memoryview(piece)
+            right = self._fetch or not self._digest or base64.b64encode(self._hash.digest()).decode() == self._digest
+            if self._wrong is not None and not (piece and right):
+                raise self._wrong
+        size = len(self._held) if size < 0 else min(size, len(self._held))
+        piece, self._held = bytes(self._held[:size]), self._held[size:]
         self._left -= len(piece)
-        self._hash.update(piece)
         return piece
 
-    def digest(self) -> str:
-        """The MD5 of what was read, base64."""
-        return base64.b64encode(self._hash.digest()).decode()
-
     def close(self) -> None:
-        """Let go of the file."""
-        self._file.close()
+        """Let go of the content."""
+        self._content.close()
 
 
 def part_size(size: int) -> int:

@@ -35,6 +35,7 @@ from artifactfs.forking import new_lock
 from artifactfs.model import (
     MD5,
     Collection,
+    Dir,
     EntitySettings,
     Entry,
     File,
@@ -65,6 +66,10 @@ log = logging.getLogger(__name__)
 
 class WandbStore(ArtifactServer):
     """See the module."""
+
+    files_only = True
+    expires = True
+    moves_latest = True
 
     def __init__(self, client: Client, cache: BlockCache | None, offline: bool) -> None:
         super().__init__(f"wandb://{client.netloc}", cache, offline)
@@ -341,6 +346,17 @@ class WandbStore(ArtifactServer):
         if draft.semver:
             raise UsageError(f"{self.url} is a W&B server, which has no semantic versions; use an alias")
         return saving.save(self, draft, report)
+
+    def root_of(self, version: Version) -> Dir:
+        return self.trees.root(version.origin.commit)
+
+    def identity(self, version: Version) -> str:
+        return f"{self.url}/{version.origin.commit}"  # servers number their versions, each by itself
+
+    def made_by(self, name: ArtifactName, commits: Iterable[str]) -> dict[str, Version]:
+        self.check_online("a look for copies")
+        found = {commit: saving.made_by(self, name, commit) for commit in commits}
+        return {commit: version for commit, version in found.items() if version is not None}
 
     # Changes
 
