@@ -13,6 +13,7 @@ import hmac
 import json
 import re
 import secrets
+import sys
 import threading
 import time
 import urllib.parse
@@ -94,8 +95,7 @@ class WandbServer:
 
     def start(self) -> WandbServer:
         for handler in (_Api, _Storage):
-            server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-            server.daemon_threads = True
+            server = _Server(("127.0.0.1", 0), handler)
             server.owner = self  # type: ignore[attr-defined]
             threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
             self._servers.append(server)
@@ -524,8 +524,17 @@ def _included(node: Value, variables: dict[str, Value]) -> bool:
     return True
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Value, client_address: Value) -> None:
+        if not isinstance(sys.exception(), ConnectionError):  # a client that closes its connection early is none of ours
+            super().handle_error(request, client_address)
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # head and body are two writes: the second would wait for the client to confirm the first
 
     @property
     def owner(self) -> WandbServer:

@@ -123,7 +123,10 @@ class _Job:
         known = _Known(self._source, self._target, name, versions)
         copied, pairs = [], []
         older = None
-        for version in versions:
+        for listed in versions:
+            # A W&B server does not say in a list which run logged a version.
+            asked = isinstance(self._source, ArtifactServer) and not listed.run
+            version = self._source.version(name.at(listed.name)) if asked else listed
             left = LeftOut()
             try:
                 there = known.find(version)

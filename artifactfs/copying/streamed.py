@@ -23,6 +23,7 @@ from artifactfs.model import BLAKE3, MD5, XXH128, Dir, Entry, File, LinkedVersio
 from artifactfs.names import LATEST, ArtifactName, check_tag
 from artifactfs.publish import Change, Draft, Published, Report, Streamed, publish
 from artifactfs.reader import Handle, Reader
+from artifactfs.references.sorting import tree_order
 from artifactfs.semver import is_semver
 from artifactfs.store import Store
 from artifactfs.store.comet.words import SIDECAR
@@ -257,7 +258,7 @@ def _check_made(source: Store, root: Dir, target: ArtifactServer, made: Version)
     theirs = _compared(source, root, target)
     for mine, other in zip_longest(ours, theirs):
         if mine is None or other is None or mine[0] != other[0] or not _alike(mine[1], other[1]):
-            path = min(it[0] for it in (mine, other) if it is not None)
+            path = min((it[0] for it in (mine, other) if it is not None), key=tree_order)
             raise IntegrityError(
                 f"{made.qualified_name} in {target.url} is not what was sent: {path!r} differs; delete that version, and copy again"
             )
