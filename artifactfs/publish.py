@@ -53,6 +53,7 @@ __all__ = [
     "Report",
     "Streamed",
     "build_digest",
+    "checked",
     "publish",
 ]
 
@@ -67,7 +68,7 @@ def publish(store: Store, draft: Draft, report: Report | None = None) -> Publish
     The given aliases and ``latest`` point to the result. UsageError for a type other than the collection's, ConflictError for
     ``expect_base`` or a file that changes while it is read. May be repeated with the same draft after any failure.
     """
-    draft = _checked(draft)
+    draft = checked(draft)
     if isinstance(store, ArtifactServer):
         return store.save(draft, report)
     return _publish(native_store(store, "committed to"), draft, report)
@@ -106,7 +107,7 @@ def _publish(store: NativeStore, draft: Draft, report: Report | None) -> Publish
 def store_folder(store: NativeStore, draft: Draft, report: Report | None = None) -> Dir:
     """Store what a version of ``draft`` would hold, but make none; returns its root directory, durable. It is collected like what
     no version refers to, unless a record says that it is a part of one. UsageError and ConflictError as :func:`publish`."""
-    draft = _checked(draft)
+    draft = checked(draft)
     newest = _fitting(store, draft)[1]
     store.ensure_format()
     upload = Upload(store, newest, draft.algorithm, report, draft.stored)
@@ -140,8 +141,8 @@ def build_digest(folder: Folder, tree: Tree, algorithm: str = BLAKE3) -> str:
     return tree.beside(pages).digest(build(folder), algorithm)
 
 
-def _checked(draft: Draft) -> Draft:
-    """The draft with everything in the form that it is stored in."""
+def checked(draft: Draft) -> Draft:
+    """The draft with everything in the form that it is stored in. UsageError for what cannot be."""
     check_entity(draft.name.entity)
     check_project(draft.name.project)
     check_collection(draft.name.collection)

@@ -182,6 +182,7 @@ def _keep_run(target: Store, run: Run) -> bool:
     if isinstance(target, ArtifactServer):  # some take the names of their own runs only
         with contextlib.suppress(NotFoundError):
             target.run(run.entity, run.project, run.id)
+            target.finish_run(run, 0)
             return True
         return False
     return True

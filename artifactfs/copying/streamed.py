@@ -105,7 +105,7 @@ def copy_streamed(
         type=version.type,
         folder=folder,
         commit=identity(source, version),
-        algorithm=algorithm if server is None else BLAKE3,
+        algorithm=BLAKE3 if server is not None and server.semantic else algorithm,
         description=version.description,
         metadata=version.metadata,
         tags=valid_tags(version.tags, left),
@@ -125,10 +125,9 @@ def copy_streamed(
 
 
 def _keeps_digest(server: ArtifactServer | None, algorithm: str, pure: bool) -> bool:
-    """Whether the copy's digest is the source's: by W&B's formula, and over the same digests of files. A W&B server's are MD5."""
-    if server is None:
-        return algorithm != BLAKE3
-    return server.files_only and algorithm == MD5 and pure
+    """Whether the copy's digest is to be the source's: by W&B's formula, and over the same digests of files. (A W&B server that
+    takes no XXH128 gives others.)"""
+    return algorithm != BLAKE3 and (server is None or (server.files_only and pure))
 
 
 def _check_listing(source: Store, version: Version, root: Dir) -> tuple[str, bool]:

@@ -50,6 +50,14 @@ class ArtifactServer(abc.ABC):
         """Make ``draft``, which is checked, a version; for ``publish.publish`` alone, which describes it. May be repeated
         with the same draft after any failure; then no second version comes of it."""
 
+    def add_part(self, id: str, draft: Draft) -> None:
+        """Add ``draft``, which is checked, to the version that several processes make under ``id``; for ``distributed`` alone."""
+        self.cannot("make a version of parts that several processes add")
+
+    def finish(self, id: str, draft: Draft) -> Version:
+        """Add the last part, and make all of them a version; may be repeated with the same draft, as :meth:`save`."""
+        self.cannot("make a version of parts that several processes add")
+
     # What servers have
 
     @abc.abstractmethod
@@ -187,6 +195,9 @@ class ArtifactServer(abc.ABC):
 
     def save_run(self, run: Run) -> None:
         self.cannot("keep runs of artifactfs")
+
+    def finish_run(self, run: Run, exit_code: int) -> None:  # noqa: B027 - most servers need nothing here
+        """Nothing, where a server does not keep whether a run goes on."""
 
     # For subclasses
 
