@@ -22,11 +22,11 @@ from artifactfs.store.urls import open_store
 def copy_command(session: Session, name: str, target: str) -> None:
     """Copy the version NAME, or without an alias all versions of a collection, into another store; print their names there.
 
-    Each store may be a directory, a bucket, a W&B server or a Comet server. Digests stay the same as far as the store can compute
-    them, and so do aliases, description, metadata, tags, links and lineage. A version keeps its number if that is higher than all
-    others of its collection there, else it gets the next; servers give their own. Contents are checked on their way; what an older
-    version there has is not sent. What the store cannot hold is named in one line for each version. A copy that was interrupted
-    goes on where it was when it is started again.
+    Each store may be a directory, a bucket, a W&B server or a Comet server. Digests stay the same as far as the other store can
+    compute them, and so do aliases, description, metadata, tags, links and lineage. A version keeps its number if that is
+    higher than all others of its collection there, else it gets the next; servers give their own. Contents are checked on their
+    way; what an older version there has is not sent. What the other store cannot hold is named in one line for each version. A
+    copy that was interrupted goes on where it was when it is started again.
     """
     parsed = session.name(name)
     cache = BlockCache(session.settings.cache_dir, session.settings.cache_size)

@@ -179,10 +179,10 @@ def _keep_run(target: Store, run: Run) -> bool:
         target.save_run(run)
     except _REFUSED:
         return False
-    if isinstance(target, ArtifactServer):  # some take the names of their own runs only
+    if isinstance(target, ArtifactServer) and target.semantic:  # Comet takes only such ids as it gives itself
         with contextlib.suppress(NotFoundError):
             target.run(run.entity, run.project, run.id)
-            target.finish_run(run, 0)
             return True
         return False
+    target.finish_run(run, 0)
     return True

@@ -53,8 +53,8 @@ _AHEAD = 4
 def copy_stored(
     source: NativeStore, target: NativeStore, version: Version, commit: str, progress: Progress, report: Report | None
 ) -> Published:
-    """``version`` in ``target``, made by ``commit``: under its number, or the next one free there where that is higher; its semantic version likewise.
-    IntegrityError for what is damaged."""
+    """``version`` in ``target``, made by ``commit``: under its number, or the next one free there where that is higher; its
+    semantic version likewise. IntegrityError for what is damaged."""
     name = ArtifactName(version.entity, version.project, version.collection)
     newest = target.newest(name)
     job = _Job(source, target, version, newest, progress, report)

@@ -1,8 +1,8 @@
 """Between stores of different kinds, and from one artifact server to another: contents are read through a ``Reader``.
 
 The source's tree becomes a folder of changes over the target's copy of an older version, so that what is the same in both is
-neither read nor sent. What a version is at the target is made there by ``publish``, as all versions are: contents are compared with
-all that the source knows of them while they flow, and a version whose digest W&B's formula gives must get the same one.
+neither read nor sent. It is made a version by ``publish``, as all versions are: contents are compared with all that the source
+knows of them while they flow, and a version whose digest W&B's formula gives must get the same one.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def copy_streamed(
     notes: Path | None,
     report: Report | None,
 ) -> Published:
-    """``version`` of ``source`` in ``target``, where ``run`` is said to have logged it. What ``target`` cannot hold goes to ``left``.
+    """``version`` of ``source`` in ``target``, logged by ``run`` there. What ``target`` cannot hold goes to ``left``.
 
     ``aliases`` are those of the version; ``older`` saves reading what that one has, too. IntegrityError for what is not what
     ``source`` says of it, and for what the target then says of the copy.
@@ -131,8 +131,8 @@ def _keeps_digest(server: ArtifactServer | None, algorithm: str, pure: bool) -> 
 
 
 def _check_listing(source: Store, version: Version, root: Dir) -> tuple[str, bool]:
-    """(the algorithm of the version's digest; whether all files have theirs by it). IntegrityError if the digest is not what W&B's
-    formula gives, where it should be: then the list of files is not the one that was logged."""
+    """(the algorithm of the version's digest; whether all files have theirs by it). IntegrityError if the digest is not what
+    W&B's formula gives, where it should be: then the list of files is not the one that was logged."""
     if version.algorithm == BLAKE3:
         return BLAKE3, True
     used = {it.algorithm for it in _leaves(source, root) if isinstance(it, File)}
@@ -259,7 +259,7 @@ def _check_made(source: Store, root: Dir, target: ArtifactServer, made: Version)
         if mine is None or other is None or mine[0] != other[0] or not _alike(mine[1], other[1]):
             path = min((it[0] for it in (mine, other) if it is not None), key=tree_order)
             raise IntegrityError(
-                f"{made.qualified_name} in {target.url} is not what was sent: {path!r} differs; delete that version, and copy again"
+                f"{made.qualified_name} in {target.url} is not what was sent: {path!r} differs; delete it there, and copy again"
             )
 
 
@@ -285,7 +285,8 @@ def _alike(mine: Entry, other: Entry) -> bool:
 
 
 def carried_aliases(target: Store, version: Version, aliases: list[str]) -> list[str]:
-    """The aliases of ``version`` as the target will have them, without ``latest``. A semantic version is one where there are none."""
+    """The aliases of ``version`` as the target will have them, without ``latest``. Where there are no semantic versions, that
+    is one, too."""
     found = [alias for alias in aliases if alias != LATEST]
     if isinstance(target, ArtifactServer) and not target.semantic and version.semver:
         found.append(version.semver)

@@ -73,7 +73,8 @@ class Folder(Protocol):
 
 
 Change: TypeAlias = "File | Dir | Symlink | Ref | NewFile | NewRef | Streamed | Folder | None"
-"""An entry is taken as it is (its own name is ignored); NewFile and Streamed are stored; Folder is built; None deletes the name."""
+"""An entry is taken as it is (its own name is ignored); NewFile and Streamed are stored; Folder is built; None deletes the
+name."""
 
 
 @dataclasses.dataclass(slots=True)
