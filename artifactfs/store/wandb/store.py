@@ -130,14 +130,20 @@ class WandbStore(ArtifactServer):
                 return node, kind
         raise NotFoundError(f"collection {name.path} does not exist in {self.url}")
 
-    def type_of(self, name: ArtifactName) -> str | None:
-        """The type of a collection: its newest version's, or by search, as a collection may have no version. None for none."""
+    def type_of(self, name: ArtifactName, logged: bool = False) -> str | None:
+        """The type of a collection: its newest version's, or by search, as a collection may have no version. None for none.
+        ``logged``: UsageError for one that is a portfolio."""
         membership = self._membership(name, LATEST)
-        kind = dig(membership, "artifact", "artifactType", "name")
-        if kind:
-            return str(kind)
-        found = (known.type for known in self._collections(name.entity, name.project) if known.name == name.collection)
-        return next(found, None)
+        kind, home = dig(membership, "artifact", "artifactType", "name"), dig(membership, "artifactCollection", "__typename")
+        if not kind or not home:
+            found = (known for known in self._collections(name.entity, name.project) if known.name == name.collection)
+            known = next(found, None)
+            if known is None:
+                return str(kind) if kind else None
+            kind, home = kind or known.type, "ArtifactPortfolio" if known.is_portfolio else ""
+        if logged and home == "ArtifactPortfolio":
+            raise UsageError(f"{name.path} is a portfolio of links, nothing is logged to it; log elsewhere and link that")
+        return str(kind)
 
     def _membership(self, name: ArtifactName, alias: str) -> Node | None:
         where = {"entity": name.entity, "project": name.project, "name": f"{name.collection}:{alias}"}
@@ -434,12 +440,11 @@ class WandbStore(ArtifactServer):
         version = self.version(name)
         if isinstance(version, LinkedVersion):
             return self.unlink(name)
-        aliases = self.aliases_of(name, version)
-        held = sorted(set(aliases) - {LATEST})
+        held = sorted(set(self.aliases_of(name, version)) - {LATEST})
         if held and not delete_aliases:
             shown = f"{version.qualified_name} has the aliases {', '.join(held)}"
             raise ConflictError(f"{shown}; move them first, or delete them too (--delete-aliases)")
-        self.ask(queries.DELETE, input={"artifactID": version.commit, "deleteAliases": delete_aliases or bool(aliases)})
+        self.ask(queries.DELETE, input={"artifactID": version.commit, "deleteAliases": True})
         return msgspec.structs.replace(version, state="DELETED", deleted_at=moment(None))
 
     def delete_collection(self, name: ArtifactName, delete_aliases: bool = True) -> None:
@@ -463,7 +468,11 @@ class WandbStore(ArtifactServer):
             "projectName": target.project,
             "aliases": [{"artifactCollectionName": target.collection, "alias": alias} for alias in aliases],
         }
-        data = self.ask(queries.LINK, input=asked)
+        try:
+            data = self.ask(queries.LINK, input=asked)
+        except CommError:
+            self._check_portfolio(target, source.type)
+            raise
         number = whole(dig(data, "result", "versionIndex"))
         if number is None:
             number = self._number_in(target, source)
@@ -475,6 +484,17 @@ class WandbStore(ArtifactServer):
         if description is not None:
             self.update_collection(target, lambda it: msgspec.structs.replace(it, description=description))
         return made
+
+    def _check_portfolio(self, name: ArtifactName, kind: str) -> None:
+        """UsageError where there is a collection that takes no links to versions of this type."""
+        try:
+            known = self.collection(name)
+        except NotFoundError:
+            return
+        if not known.is_portfolio:
+            raise UsageError(f"{name.path} is a collection that versions are logged to; link to another name")
+        if known.type != kind:
+            raise UsageError(f"{name.path} has type {known.type!r}, so no version of type {kind!r} is linked to it")
 
     def _number_in(self, portfolio: ArtifactName, source: Version) -> int | None:
         """The number that a version has in a portfolio."""
