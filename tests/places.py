@@ -32,6 +32,17 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
     return url
 
 
+@pytest.fixture(params=["directory", "wandb"])
+def here(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The same without a bucket, for what differs in nothing that a bucket does."""
+    url = str(tmp_path / "store")
+    if request.param == "wandb":
+        url = request.getfixturevalue("wandb_stand_in").url
+        monkeypatch.setenv("WANDB_API_KEY", wandb_server.KEY)
+    monkeypatch.setenv("ARTIFACTFS_STORE", url)
+    return url
+
+
 @pytest.fixture
 def wandb_stand_in() -> Iterator[wandb_server.WandbServer]:
     """A W&B server of the tests' own, empty."""

@@ -680,6 +680,8 @@ def _included(node: Value, variables: dict[str, Value]) -> bool:
 
 
 class _Handler(BaseHTTPRequestHandler):
+    disable_nagle_algorithm = True
+    wbufsize = -1  # an answer is one write: no 40 ms of waiting for an acknowledgement in the middle
     protocol_version = "HTTP/1.1"
 
     @property

@@ -9,6 +9,7 @@ time without connection, the versions that were looked up by name.
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import logging
 import urllib.parse
@@ -37,6 +38,7 @@ from artifactfs.model import (
     EntitySettings,
     Entry,
     File,
+    Link,
     LinkedVersion,
     Ref,
     Remote,
@@ -114,11 +116,14 @@ class WandbStore(ArtifactServer):
     def _with_aliases(self, collection: Collection, kind: str) -> Collection:
         name = ArtifactName(collection.entity, collection.project, collection.name)
         aliases: dict[str, int] = {}
-        links = {}
+        links: dict[int, Link] = {}
         for number, node in self._members(name, kind):
             aliases.update(dict.fromkeys(_aliases_in(node, name), number))
-            links[number] = node
-        return msgspec.structs.replace(collection, aliases=aliases, next_link=max(links, default=-1) + 1)
+            if collection.is_portfolio:
+                with contextlib.suppress(IntegrityError):
+                    version = self._version(node, name, number, "")
+                    links[number] = Link(source=version.origin.qualified_name, linked_at=moment(node.get("createdAt")))
+        return msgspec.structs.replace(collection, aliases=aliases, links=links, next_link=max(links, default=-1) + 1)
 
     def _find_collection(self, name: ArtifactName) -> tuple[Node, str]:
         """What the server says of a collection, and its type. NotFoundError."""
