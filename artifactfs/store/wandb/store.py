@@ -265,7 +265,7 @@ class WandbStore(ArtifactServer):
             "root": root,
             "size": size,
             "file_count": count(files),
-            "description": node.get("description") if isinstance(node.get("description"), str) else None,
+            "description": str(node.get("description") or "") or None,  # W&B cannot take one away, only empty it
             "metadata": json_object(node.get("metadata")),
             "tags": [str(tag["name"]) for tag in node.get("tags") or () if dig(tag, "name")],
             "ttl": seconds if seconds is not None and seconds > 0 else None,
