@@ -1,12 +1,13 @@
 """One W&B server: its URL, the caller's key, GraphQL.
 
-The key is looked up anew for each request (``WANDB_API_KEY``, then netrc, whose machine is the host with its port), so that one
-that was renewed counts at once. It goes to the server's own URLs only, never into a message.
+The key is looked up anew for each request (``WANDB_API_KEY``, then netrc, whose machine is the host with its port, then W&B's
+settings files), so that one that was renewed counts at once. It goes to the server's own URLs only, never into a message.
 """
 
 from __future__ import annotations
 
 import base64
+import configparser
 import contextlib
 import json
 import netrc
@@ -27,6 +28,8 @@ from artifactfs.waiting import about_to_wait
 _MOST = 256 << 20
 """Bytes of an answer: the URLs of 5,000 files have ten megabytes."""
 _PAGES = 100_000
+_CLOUD = "https://api.wandb.ai"
+_RETRIED = frozenset({409, 507, 509, *range(520, 528), 529, 530})  # besides the usual ones: what gateways answer
 _LOOPBACK = re.compile(r"localhost|127(\.[0-9]+){3}|\[?::1\]?", re.IGNORECASE)
 _REFUSED = re.compile(r"permission denied|not authorized|unauthorized|forbidden|access denied|not permitted", re.IGNORECASE)
 _MISSING = re.compile(r"not found|does not exist|no such", re.IGNORECASE)
@@ -37,8 +40,8 @@ Node = dict[str, Any]
 
 def base_url(url: str) -> str:
     """The base URL of the server that ``url``, ``wandb://[host[:port]]``, means: plain HTTP on this machine, TLS elsewhere, or
-    what ``WANDB_BASE_URL`` says of that host. UsageError for a URL that cannot be right."""
-    given = os.environ.get("WANDB_BASE_URL", "").strip().rstrip("/")
+    what ``WANDB_BASE_URL`` or W&B's settings file says of that host. UsageError for a URL that cannot be right."""
+    given = _given_url() or _setting("base_url").rstrip("/")
     try:
         parts, known = urllib.parse.urlsplit(url), urllib.parse.urlsplit(given)
         host, user, port = parts.hostname, parts.username, parts.port
@@ -60,16 +63,37 @@ def base_url(url: str) -> str:
 
 def api_key(netloc: str) -> str:
     """The caller's key for the server; "" if there is none."""
-    key = os.environ.get("WANDB_API_KEY", "").strip()
-    if key:
-        return key
+    return os.environ.get("WANDB_API_KEY", "").strip() or _netrc_key(netloc) or _setting("api_key", netloc)
+
+
+def _netrc_key(netloc: str) -> str:
     named = os.environ.get("NETRC")
-    for path in [Path(named)] if named else [Path.home() / ".netrc", Path.home() / "_netrc"]:
+    for path in [Path(named).expanduser()] if named else [Path.home() / ".netrc", Path.home() / "_netrc"]:
         with contextlib.suppress(OSError, netrc.NetrcParseError, UnicodeDecodeError):
-            found = netrc.netrc(str(path)).hosts.get(netloc)
-            if found is not None:
-                return found[2] or ""
+            hosts = netrc.netrc(str(path)).hosts
+            found = hosts.get(netloc) or next((it for host, it in hosts.items() if host.lower() == netloc.lower()), None)
+            if found is not None and found[2]:
+                return found[2]
     return ""
+
+
+def _setting(name: str, netloc: str = "") -> str:
+    """What the user's W&B settings file says; with ``netloc`` only if it is about that server. The settings of the working
+    directory are not looked at: whoever made that directory must not learn the key."""
+    folder = os.environ.get("WANDB_CONFIG_DIR") or str(Path.home() / ".config" / "wandb")
+    parser = configparser.ConfigParser(interpolation=None)
+    with contextlib.suppress(OSError, configparser.Error, UnicodeDecodeError):
+        parser.read_string(Path(folder, "settings").read_text())
+    if not parser.has_section("default"):
+        return ""
+    about = parser.get("default", "base_url", fallback="").strip() or _given_url() or _CLOUD
+    if netloc and urllib.parse.urlsplit(about).netloc != netloc:
+        return ""
+    return parser.get("default", name, fallback="").strip()
+
+
+def _given_url() -> str:
+    return os.environ.get("WANDB_BASE_URL", "").strip().rstrip("/")
 
 
 class Client:
@@ -82,12 +106,26 @@ class Client:
         parts = urllib.parse.urlsplit(base)
         self.netloc = parts.netloc
         self._origin = (parts.scheme, parts.netloc)
+        self._closed = False  # whether the URLs of its own that it gives out were seen to need the key
+
+    def ways(self, url: str) -> Iterator[dict[str, str]]:
+        """What to send with a request for ``url``, which the server gave out: nothing, as such a URL is good in itself; and if
+        that is refused the key, where the URL is the server's own and not signed."""
+        plain = dict(http.OWN_CREDENTIALS)
+        parts = urllib.parse.urlsplit(url)
+        if (parts.scheme, parts.netloc) != self._origin or is_signed(url):
+            yield plain
+            return
+        if not self._closed:
+            yield plain
+            self._closed = True
+        yield self.headers(url)
 
     def headers(self, url: str) -> dict[str, str]:
-        """What to send with a request for ``url``: the key, where that is the server's own and not signed."""
+        """What to send with a request for ``url`` that needs the key: that, where the URL is the server's own."""
         parts = urllib.parse.urlsplit(url)
         sent = dict(http.OWN_CREDENTIALS)
-        if (parts.scheme, parts.netloc) == self._origin and not is_signed(url):
+        if (parts.scheme, parts.netloc) == self._origin:
             key = api_key(self.netloc)
             if not key:
                 raise NotPermittedError(
@@ -110,13 +148,13 @@ class Client:
         body = json.dumps({"query": document, "variables": variables, "operationName": name}).encode()
         headers = {**self.headers(url), "Content-Type": "application/json"}
         about_to_wait()
-        answer = http.exchange("POST", url, headers, lambda: body, self.deadline, _MOST)
+        answer = http.exchange("POST", url, headers, lambda: body, self.deadline, _MOST, _RETRIED)
         if answer.status in (401, 403):
             raise NotPermittedError(
                 f"{self.netloc} does not accept your API key ({answer.status}); check WANDB_API_KEY or ~/.netrc"
             )
         try:
-            found = msgspec.json.decode(answer.body)
+            found = msgspec.json.decode(http.decoded(answer, _MOST))
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             found = None
         if not isinstance(found, dict):
@@ -136,12 +174,23 @@ class Client:
             connection = find(self.ask(document, cursor=cursor, **variables))
             if not isinstance(connection, dict):
                 return
-            yield from (edge for edge in connection.get("edges") or () if isinstance(edge, dict))
-            info = connection.get("pageInfo") or {}
-            last, cursor = cursor, info.get("endCursor")
-            if not info.get("hasNextPage") or not cursor or cursor == last:
+            yield from edges_of(connection)
+            cursor = next_page(connection, cursor)
+            if cursor is None:
                 return
         raise CommError(f"{self.netloc} has no end of pages")
+
+
+def edges_of(connection: object) -> list[Node]:
+    """The edges of a connection; none of what is none."""
+    found = dig(connection, "edges")
+    return [edge for edge in found if isinstance(edge, dict)] if isinstance(found, list) else []
+
+
+def next_page(connection: object, cursor: object) -> object:
+    """The cursor behind a page that was asked for with ``cursor``; None behind the last one."""
+    following = dig(connection, "pageInfo", "endCursor")
+    return following if dig(connection, "pageInfo", "hasNextPage") is True and following and following != cursor else None
 
 
 def is_signed(url: str) -> bool:

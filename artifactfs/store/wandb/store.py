@@ -73,7 +73,7 @@ class WandbStore(ArtifactServer):
     def __init__(self, client: Client, cache: BlockCache | None, offline: bool) -> None:
         super().__init__(f"wandb://{client.netloc}", cache, offline)
         self.client = client
-        self._urls = FileUrls(client, self._home)
+        self._urls = FileUrls(client, self)
         self._lock = new_lock()
         self._homes: LRUCache[str, Home] = LRUCache(_HOMES)
         self._answers: TTLCache[str, Any] = TTLCache(256, _REMEMBERED)
@@ -254,9 +254,10 @@ class WandbStore(ArtifactServer):
         ):
             raise IntegrityError(f"{self.url} says of {name.path} what no version can be: id {id!r}, number {number!r}")
         size, files = count(node.get("size")), whole(node.get("fileCount"))
-        root = self.trees.lazy(id, size, 1 if files is None else max(files, 0))
+        root = self.trees.lazy(id, size, max(files or 0, 0))
         with self._lock:
-            self._homes[id] = Home(source.entity, source.project, source.collection, f"v{index}")
+            # As it was looked up, not where it was logged: who may read a portfolio may have no right to the project behind it.
+            self._homes[id] = Home(name.entity, name.project, name.collection, f"v{number}")
         seconds = whole(node.get("ttlDurationSeconds"))
         fields: dict[str, Any] = {
             "type": str(dig(node, "artifactType", "name") or "unspecified"),
@@ -286,19 +287,29 @@ class WandbStore(ArtifactServer):
     def list_files(self, identity: str) -> Listed:
         self.check_online(f"the list of files of version {identity}")
         with manifest.new_file() as file:
-            try:
-                self._fetch_manifest(identity, file)
-            except NotPermittedError:  # the URL may have ended before it was used
-                self._fetch_manifest(identity, file)
+            self._fetch_manifest(identity, file)
             yield from manifest.read(file, self.url, identity, f"version {identity}")
 
     def _fetch_manifest(self, identity: str, file: IO[bytes]) -> None:
-        data = self.ask(queries.MANIFEST, id=identity)
-        url = dig(data, "artifact", "currentManifest", "file", "directUrl")
-        if not isinstance(url, str) or not url:
-            raise IntegrityError(f"{self.url} has no manifest of version {identity}; is it still being logged?")
-        url = urllib.parse.urljoin(self.client.base + "/", url)
-        http.fetch_into(file, url, self.client.deadline, self.client.headers(url))
+        failed: ArtifactFSError | None = None
+        for _ in range(2):  # the URL may have ended before it was used
+            found = dig(self.ask(queries.MANIFEST, id=identity), "artifact")
+            if not isinstance(found, dict):
+                raise NotFoundError(f"version {identity} is not in {self.url}, or you have no right to it")
+            url = dig(found, "currentManifest", "file", "directUrl")
+            if not isinstance(url, str) or not url:
+                raise IntegrityError(f"{self.url} has no manifest of version {identity}; is it still being logged?")
+            url = urllib.parse.urljoin(self.client.base + "/", url)
+            for headers in self.client.ways(url):
+                try:
+                    http.fetch_into(file, url, self.client.deadline, headers)
+                    return
+                except (NotPermittedError, NotFoundError, http.StatusError) as error:
+                    failed = error
+        if isinstance(failed, NotFoundError):
+            raise IntegrityError(f"the manifest of version {identity} is lost: {self.url} names it, but does not have it")
+        assert failed is not None
+        raise failed
 
     def source(self, file: File) -> Source:
         if not isinstance(file, Remote):
@@ -334,21 +345,30 @@ class WandbStore(ArtifactServer):
             raise NotFoundError(f"reference {ref.uri[:200]!r} leads to no file of {self.url}")
         return entry
 
-    def _home(self, artifact: str) -> Home:
+    def home(self, artifact: str, anew: bool = False) -> Home:
+        """Where a version is: as it was looked up, or where it was logged. NotFoundError."""
         with self._lock:
-            known = self._homes.get(artifact)
+            known = None if anew else self._homes.get(artifact)
         if known is None:
             node = dig(self.ask(queries.ARTIFACT, id=artifact), "artifact")
             if not isinstance(node, dict):
                 raise NotFoundError(f"version {artifact} is not in {self.url} any more")
-            sequence = node.get("artifactSequence")
+            sequence, index = node.get("artifactSequence"), whole(node.get("versionIndex"))
             names = [dig(sequence, "project", "entity", "name"), dig(sequence, "project", "name"), dig(sequence, "name")]
-            if not all(isinstance(part, str) for part in names):
+            if index is None or not all(isinstance(part, str) for part in names):
                 raise IntegrityError(f"{self.url} does not say where version {artifact} is")
-            known = Home(names[0], names[1], names[2], f"v{node.get('versionIndex')}")
+            known = Home(names[0], names[1], names[2], f"v{index}")
             with self._lock:
                 self._homes[artifact] = known
         return known
+
+    def file_count(self, artifact: str) -> int:
+        """The number of files of a version whose list is kept."""
+        return self.trees.root(artifact).files
+
+    def following(self, artifact: str, path: str) -> Iterator[str]:
+        """The paths of the stored files behind ``path`` in a version whose list is kept, in order."""
+        return (other for other, entry in self.tree.walk_after(self.trees.root(artifact), path) if isinstance(entry, Remote))
 
     # Making versions
 
