@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
-from places import desk, place, store  # noqa: F401 - fixtures for all
+from places import desk, here, place, store, wandb_stand_in  # noqa: F401 - fixtures for all
 from programs import afs, folder, logged  # noqa: F401 - fixtures for all
 from servers import azurite, bucket, container, gcs, gcs_bucket, seaweed, shared_bucket, versioned_bucket  # noqa: F401 - fixtures for all
 from serving_fixture import wandb_server  # noqa: F401 - a fixture for all

@@ -75,9 +75,8 @@ DIGEST_ALGORITHM = """query FetchArtifactDigestAlgorithm($entityName: String!, $
 
 CLIENT_ID = "query ClientIDMapping($clientID: ID!) { clientIDMapping(clientID: $clientID) { serverID } }"
 
-USED_BY = f"query ArtifactUsedBy($id: ID!) {{ artifact(id: $id) {{ usedBy {{ edges {{ node {{ {_RUN} }} }} }} }} }}"
-
 _WHOLE_RUN = f"projectId id name displayName state config group jobType createdAt heartbeatAt {_PROJECT}"
+USED_BY = f"query ArtifactUsedBy($id: ID!) {{ artifact(id: $id) {{ usedBy {{ edges {{ node {{ {_WHOLE_RUN} }} }} }} }} }}"
 RUN = f"""query Run($project: String!, $entity: String!, $name: String!) {{
   project(name: $project, entityName: $entity) {{ run(name: $name) {{ {_WHOLE_RUN} }} }} }}"""
 RUNS = f"""query Runs($project: String!, $entity: String!, $cursor: String, $perPage: Int = 50, $order: String,

@@ -89,8 +89,9 @@ class Runs:
         """The runs that used a version, by id."""
         data = self._server.ask(queries.USED_BY, id=version.origin.commit)
         nodes = (dig(edge, "node") for edge in dig(data, "artifact", "usedBy", "edges") or ())
-        runs = {run.path: run for node in nodes if dig(node, "name") for run in [run_of(node, version.entity, version.project)]}
-        return sorted(runs.values(), key=lambda run: run.id)
+        found = (run_of(node, version.entity, version.project) for node in nodes if dig(node, "name"))
+        runs = {run.path: run for run in found}
+        return sorted(map(self._with_versions, runs.values()), key=lambda run: run.id)
 
     def mark_used(self, version: Version, run: Run) -> None:
         """Record that ``run``, which is there, used ``version``."""

@@ -9,6 +9,7 @@ time without connection, the versions that were looked up by name.
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import logging
 import urllib.parse
@@ -38,6 +39,7 @@ from artifactfs.model import (
     EntitySettings,
     Entry,
     File,
+    Link,
     LinkedVersion,
     Ref,
     Remote,
@@ -119,11 +121,14 @@ class WandbStore(ArtifactServer):
     def _with_aliases(self, collection: Collection, kind: str) -> Collection:
         name = ArtifactName(collection.entity, collection.project, collection.name)
         aliases: dict[str, int] = {}
-        links = {}
+        links: dict[int, Link] = {}
         for number, node in self._members(name, kind):
             aliases.update(dict.fromkeys(_aliases_in(node, name), number))
-            links[number] = node
-        return msgspec.structs.replace(collection, aliases=aliases, next_link=max(links, default=-1) + 1)
+            if collection.is_portfolio:
+                with contextlib.suppress(IntegrityError):
+                    version = self._version(node, name, number, "")
+                    links[number] = Link(source=version.origin.qualified_name, linked_at=moment(node.get("createdAt")))
+        return msgspec.structs.replace(collection, aliases=aliases, links=links, next_link=max(links, default=-1) + 1)
 
     def _find_collection(self, name: ArtifactName) -> tuple[Node, str]:
         """What the server says of a collection, and its type. NotFoundError."""
@@ -135,14 +140,20 @@ class WandbStore(ArtifactServer):
                 return node, kind
         raise NotFoundError(f"collection {name.path} does not exist in {self.url}")
 
-    def type_of(self, name: ArtifactName) -> str | None:
-        """The type of a collection: its newest version's, or by search, as a collection may have no version. None for none."""
+    def type_of(self, name: ArtifactName, logged: bool = False) -> str | None:
+        """The type of a collection: its newest version's, or by search, as a collection may have no version. None for none.
+        ``logged``: UsageError for one that is a portfolio."""
         membership = self._membership(name, LATEST)
-        kind = dig(membership, "artifact", "artifactType", "name")
-        if kind:
-            return str(kind)
-        found = (known.type for known in self._collections(name.entity, name.project) if known.name == name.collection)
-        return next(found, None)
+        kind, home = dig(membership, "artifact", "artifactType", "name"), dig(membership, "artifactCollection", "__typename")
+        if not kind or not home:
+            found = (known for known in self._collections(name.entity, name.project) if known.name == name.collection)
+            known = next(found, None)
+            if known is None:
+                return str(kind) if kind else None
+            kind, home = kind or known.type, "ArtifactPortfolio" if known.is_portfolio else ""
+        if logged and home == "ArtifactPortfolio":
+            raise UsageError(f"{name.path} is a portfolio of links, nothing is logged to it; log elsewhere and link that")
+        return str(kind)
 
     def _membership(self, name: ArtifactName, alias: str) -> Node | None:
         where = {"entity": name.entity, "project": name.project, "name": f"{name.collection}:{alias}"}
@@ -260,7 +271,7 @@ class WandbStore(ArtifactServer):
             "root": root,
             "size": size,
             "file_count": count(files),
-            "description": node.get("description") if isinstance(node.get("description"), str) else None,
+            "description": str(node.get("description") or "") or None,  # W&B cannot take one away, only empty it
             "metadata": json_object(node.get("metadata")),
             "tags": [str(tag["name"]) for tag in node.get("tags") or () if dig(tag, "name")],
             "ttl": seconds if seconds is not None and seconds > 0 else None,
@@ -470,12 +481,11 @@ class WandbStore(ArtifactServer):
         version = self.version(name)
         if isinstance(version, LinkedVersion):
             return self.unlink(name)
-        aliases = self.aliases_of(name, version)
-        held = sorted(set(aliases) - {LATEST})
+        held = sorted(set(self.aliases_of(name, version)) - {LATEST})
         if held and not delete_aliases:
             shown = f"{version.qualified_name} has the aliases {', '.join(held)}"
             raise ConflictError(f"{shown}; move them first, or delete them too (--delete-aliases)")
-        self.ask(queries.DELETE, input={"artifactID": version.commit, "deleteAliases": delete_aliases or bool(aliases)})
+        self.ask(queries.DELETE, input={"artifactID": version.commit, "deleteAliases": True})
         return msgspec.structs.replace(version, state="DELETED", deleted_at=moment(None))
 
     def delete_collection(self, name: ArtifactName, delete_aliases: bool = True) -> None:
@@ -499,7 +509,11 @@ class WandbStore(ArtifactServer):
             "projectName": target.project,
             "aliases": [{"artifactCollectionName": target.collection, "alias": alias} for alias in aliases],
         }
-        data = self.ask(queries.LINK, input=asked)
+        try:
+            data = self.ask(queries.LINK, input=asked)
+        except CommError:
+            self._check_portfolio(target, source.type)
+            raise
         number = whole(dig(data, "result", "versionIndex"))
         if number is None:
             number = self._number_in(target, source)
@@ -511,6 +525,17 @@ class WandbStore(ArtifactServer):
         if description is not None:
             self.update_collection(target, lambda it: msgspec.structs.replace(it, description=description))
         return made
+
+    def _check_portfolio(self, name: ArtifactName, kind: str) -> None:
+        """UsageError where there is a collection that takes no links to versions of this type."""
+        try:
+            known = self.collection(name)
+        except NotFoundError:
+            return
+        if not known.is_portfolio:
+            raise UsageError(f"{name.path} is a collection that versions are logged to; link to another name")
+        if known.type != kind:
+            raise UsageError(f"{name.path} has type {known.type!r}, so no version of type {kind!r} is linked to it")
 
     def _number_in(self, portfolio: ArtifactName, source: Version) -> int | None:
         """The number that a version has in a portfolio."""
