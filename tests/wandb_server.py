@@ -691,7 +691,6 @@ class _Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
     wbufsize = -1  # an answer is one write: no 40 ms of waiting for an acknowledgement in the middle
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # head and body are two writes: the second would wait for the client to confirm the first
 
     @property
     def owner(self) -> WandbServer:
