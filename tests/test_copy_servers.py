@@ -10,6 +10,7 @@ import os
 import random
 import re
 import secrets
+import shlex
 import subprocess
 import sys
 import threading
@@ -38,6 +39,7 @@ from artifactfs.names import LATEST, ArtifactName, parse
 from artifactfs.publish import Draft, Progress, publish
 from artifactfs.reader import Reader
 from artifactfs.store import Store
+from artifactfs.store.comet.store import CometStore
 from artifactfs.store.urls import open_store
 from artifactfs.store.wandb import saving
 
@@ -238,6 +240,42 @@ def test_a_collection(place_of: NewPlace, one: str, other: str) -> None:
     back = Copying(target, source)
     assert back.created == [False] * 4
     assert len(source.anew().versions(NAME)) == 4
+
+
+def _changed(files: dict[str, Any], random: random.Random) -> dict[str, Any]:
+    """Some names get another content, or become something else: a file, a link, a directory, nothing."""
+    changed = dict(files)
+    for _ in range(4):
+        name = random.choice("abcd")
+        for path in [path for path in changed if path == name or path.startswith(f"{name}/")]:
+            del changed[path]
+        match random.randrange(6):
+            case 0 | 1:
+                changed[name] = random.randbytes(random.choice([0, 5, 3000]))
+            case 2:
+                changed[name] = random.choice(["a", "nowhere"])
+            case 3:
+                changed[name] = None
+            case 4:
+                changed[f"{name}/x"] = random.choice([random.randbytes(10), "../a", None])
+                changed[f"{name}/y/z"] = b"deep"
+    return changed or {"a": b""}
+
+
+@pytest.mark.parametrize(("one", "other"), [("native", "wandb"), ("native", "comet"), ("comet", "native"), ("wandb", "native")])
+def test_what_becomes_of_a_path(place_of: NewPlace, one: str, other: str) -> None:
+    """Copies are made over older ones: nothing of these may stay that should not."""
+    source, target = place_of(one), place_of(other)
+    numbers = random.Random(7)
+    files: dict[str, Any] = {"a": b"1", "b/c": b"2", "keep": b"3"}
+    logged = []
+    for _ in range(8):
+        logged.append({**_changed(files, numbers), "keep": b"3"})
+        files = logged[-1]
+        source.log(held(one, files))
+    Copying(source, target)
+    for number, expected in enumerate(logged):
+        assert target.contents(f"v{number}") == held(other, held(one, expected))
 
 
 @pytest.mark.parametrize("kind", ["wandb", "comet"])
@@ -572,6 +610,48 @@ def test_files_in_parts(place_of: NewPlace, monkeypatch: pytest.MonkeyPatch, kno
     assert sum(".1" in path or ".2" in path or ".3" in path for path in puts(target.server)) == 3
 
 
+def test_what_a_begun_version_at_comet_has_is_not_sent_again(place_of: NewPlace) -> None:
+    source, target = place_of("native"), place_of("comet")
+    source.log({f"{n}": b"%d" % n for n in range(30)})
+    target.store = CometStore(target.url, target.cache, deadline=1.0)
+    faults, server = target.server.faults, target.server
+    refused = threading.Event()
+
+    def watch() -> None:
+        until(lambda: server.count("asset/upload") >= 12, 20)
+        faults.only, faults.status, faults.retry_after = "asset/upload", 503, "5"
+        refused.set()
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    faults.only, faults.latency = "asset/upload", 0.02
+    with pytest.raises(NetworkError):
+        Copying(source, target)
+    watcher.join()
+    assert refused.is_set() and target.store.newest(NAME) is None
+    target.server.faults = type(faults)()
+    arrived = sum(len(version.assets) for artifact in server.artifacts.values() for version in artifact.versions)
+    server.seen.clear()
+    assert 0 < arrived < 30
+    assert Copying(source, target).created == [True]
+    assert server.count("asset/upload") == 30 - arrived
+    assert len(target.contents()) == 30
+
+
+def test_tags_and_aliases_that_only_comet_takes(place_of: NewPlace) -> None:
+    source, target = place_of("comet"), place_of("native")
+    source.log({"a": b"1"}, tags=["good"], aliases=["fine"])
+    (artifact,) = source.server.artifacts.values()
+    artifact.versions[0].tags.append("what: is/this?")
+    artifact.tags.append("#1")
+    warned = Copying(source, target).warned
+    assert warned == [
+        f"acme/vision/bikes:v0: not carried over to {target.store.url}: 1 tag",
+        f"acme/vision/bikes: not carried over to {target.store.url}: 1 tag",
+    ]
+    assert target.store.version(NAME.at("fine")).tags == ["good"]
+
+
 # Killed, and repeated
 
 
@@ -691,7 +771,9 @@ def test_the_command(place_of: NewPlace, afs: Program, tmp_path: Path, monkeypat
     (row,) = afs("copy", f"{NAME.path}:best", "--to", target.url, "--json").document
     assert (row["name"], row["created"], row["aliases"]) == ("acme/vision/bikes:v0", False, ["best", "latest"])
     afs("--store", target.url, "get", f"{NAME.path}:best", tmp_path / "out")
-    assert (tmp_path / "out" / "large.bin").read_bytes() == LARGE
+    afs("get", f"{NAME.path}:best", tmp_path / "here")
+    differ = subprocess.run(["diff", "-r", "out", "here"], capture_output=True, text=True, cwd=tmp_path).stdout.splitlines()
+    assert differ == ["Only in here: empty-dir", "Only in here: link"]
     back = tmp_path / "back"
     afs("--store", target.url, "copy", NAME.path, "--to", back)
     afs("--store", str(back), "verify", NAME.path, tmp_path / "out")
@@ -705,6 +787,28 @@ def test_the_command(place_of: NewPlace, afs: Program, tmp_path: Path, monkeypat
     afs("--store", str(tmp_path / "bad"), "versions", NAME.path, code=3)
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
     afs("copy", NAME.path, "--to", target.url, code=7)
+
+
+def test_documented_commands(place_of: NewPlace, afs: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, wandb, comet = place_of("native"), place_of("wandb"), place_of("comet")
+    comet.log({"a": b"1"})
+    source.log({"b": b"2"}, aliases=["best"])
+    monkeypatch.setenv("ARTIFACTFS_STORE", source.url)
+    places = {
+        "s3://team/store": str(tmp_path / "team"),
+        "wandb://wandb.example.org": wandb.url,
+        "wandb://api.wandb.ai": wandb.url,
+        "/backup/store": str(tmp_path / "backup"),
+        "comet://": comet.url,
+        "wandb://": wandb.url,
+    }
+    text = (Path(__file__).parents[1] / "docs" / "copy.md").read_text()
+    commands = re.findall(r"^\$ artifactfs (.*)$", text, re.MULTILINE)
+    assert len(commands) == 4
+    for command in commands:
+        (name,) = afs(*(places.get(word, word) for word in shlex.split(command))).lines
+        assert name.startswith("acme/vision/bikes:v")
+    assert wandb.anew().version(NAME).name == "v1"
 
 
 def test_through_serve(place_of: NewPlace, wandb_server: Any, monkeypatch: pytest.MonkeyPatch) -> None:

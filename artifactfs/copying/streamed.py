@@ -112,6 +112,7 @@ def copy_streamed(
         run=run,
         expect_digest=version.digest if _keeps_digest(server, algorithm, pure) else "",
         number=version.number,
+        retry=server is not None,  # an attempt before this one may have begun it
         always=True,  # it is a version there, and must be one here: with what the next one differs in
         reserved_type=True,
         notes=notes,
