@@ -830,3 +830,26 @@ def test_through_serve(place_of: NewPlace, wandb_server: Any, monkeypatch: pytes
     assert Copying(target, back).created == [True, True]
     assert back.contents("best") == PLAIN
     assert back.store.version(NAME.at("best")).metadata == {"n": 1}
+
+
+@pytest.mark.parametrize("other", ["native", "wandb", "serve"])
+def test_what_was_deleted_there_is_copied_again(
+    place_of: NewPlace, request: pytest.FixtureRequest, other: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = place_of("native")
+    if other == "serve":
+        server = request.getfixturevalue("wandb_server")
+        monkeypatch.setenv("WANDB_API_KEY", server.key)
+        target = Place("wandb", f"wandb://{server.host}", source.cache)
+    else:
+        target = place_of(other)
+    source.log({"a": b"1"}, aliases=["one"])
+    source.log({"a": b"2"})
+    Copying(source, target)
+    target.store.delete_version(NAME.at("v0"), delete_aliases=True)
+    source.anew(), target.anew()
+    result = Copying(source, target)
+    assert result.created == [True, False]
+    target.anew()
+    assert target.contents("one") == {"a": b"1"}
+    assert [it.created for it in Copying(source, target).copied] == [False, False]

@@ -27,7 +27,7 @@ from artifactfs.copying.catalog import Pair, adopt_collection, carry_creator, co
 from artifactfs.copying.left import LeftOut
 from artifactfs.copying.stored import copy_stored
 from artifactfs.copying.streamed import Older, copy_streamed, identity
-from artifactfs.errors import NotFoundError, UsageError
+from artifactfs.errors import ConflictError, NotFoundError, UsageError
 from artifactfs.model import Collection, Version
 from artifactfs.names import ArtifactName
 from artifactfs.publish import Progress, Published, Report
@@ -196,6 +196,12 @@ class _Known:
 
     def _look(self, commits: list[str]) -> None:
         made = _made_by(self._target, self._name, commits)
+        for copy in made.values():
+            home = f"{copy.entity}/{copy.project}/{copy.collection}"
+            if home != self._name.path:
+                raise ConflictError(
+                    f"{self._name.path} was copied to {self._target.url} before, and is {home} there now: give it back its name"
+                )
         self._copies.update((commit, made.get(commit)) for commit in commits)
 
     def _returns(self) -> dict[str, Version]:

@@ -68,6 +68,8 @@ _PIECE = 1 << 20
 _AHEAD = 4 * _WORKERS  # files of another store that are being read for their MD5s
 _CLIENT_ID = 128
 _ALPHABET = "0123456789abcdefghijklmnopqrstuvwxyz"
+_DELETED = ("DELETED", "PENDING_DELETION", "GARBAGE_COLLECTED")
+_DELETED_MOST = 100
 _NEVER = -2  # a ttlDurationSeconds that is no seconds
 _KINDS = {"FULL": "wandb_manifest.json", "PATCH": "wandb_manifest.patch.json"}
 _DIGESTS = "ARTIFACT_DIGEST_ALGORITHM"
@@ -135,17 +137,27 @@ def finish(store: Catalog, id: str, draft: Draft) -> Version:
 
 def made_by(store: Catalog, name: ArtifactName, commit: str) -> Version | None:
     """The version of ``name`` that a commit made; None if it made none, or that was deleted."""
-    try:
-        data = store.client.ask(queries.CLIENT_ID, clientID=client_id(commit))
-    except (NetworkError, NotPermittedError):
-        raise
-    except ArtifactFSError as error:  # a server that does not know the id
-        log.debug("%s", error)
-        return None
-    id = dig(data, "clientIDMapping", "serverID")
-    if not id or _state(store.client, str(id)) != "COMMITTED":
-        return None
-    return store.version_of(str(id), name)
+    _, artifact = _trace(store.client, commit)
+    return store.version_of(artifact, name) if artifact else None
+
+
+def _trace(client: Client, commit: str) -> tuple[str, str]:
+    """(the client id for a further attempt at a commit, the id of the version that one made, "" for none). What was deleted since
+    keeps its client id: the one after that follows from it."""
+    told = client_id(commit)
+    for _ in range(_DELETED_MOST):
+        try:
+            found = dig(client.ask(queries.CLIENT_ID, clientID=told), "clientIDMapping", "serverID")
+        except (NetworkError, NotPermittedError):
+            raise
+        except ArtifactFSError as error:  # a server that does not know the id
+            log.debug("%s", error)
+            found = None
+        state = _state(client, str(found)) if found else ""
+        if state not in _DELETED:
+            return told, str(found) if state == "COMMITTED" else ""
+        told = client_id(f"{commit}\n{found}")
+    raise CommError(f"a version was deleted {_DELETED_MOST} times since; log it as a new one")
 
 
 def _state(client: Client, artifact: str) -> str:
@@ -170,6 +182,7 @@ class _Saving:
         self._distributed = distributed
         self._progress = Progress()
         self._elsewhere: list[Contents] = []
+        self._client_id = client_id(draft.commit)
         self._digests = _DIGESTS in store.features()
         self._algorithm = MD5
         self._note = _Note(draft, store.url)
@@ -214,7 +227,8 @@ class _Saving:
         noted = self._note.read()
         if noted and self._state(noted) == "COMMITTED":
             return self._store.version_of(noted, self._draft.name)
-        return made_by(self._store, self._draft.name, self._draft.commit)
+        self._client_id, artifact = _trace(self._client, self._draft.commit)
+        return self._store.version_of(artifact, self._draft.name) if artifact else None
 
     def _state(self, artifact: str) -> str:
         return _state(self._client, artifact)
@@ -421,7 +435,7 @@ class _Saving:
             # Of a part the digest says nothing of the whole: a version of the same files as one part must not stand for all.
             "enableDigestDeduplication": not draft.always and not self._distributed,
             "distributedID": self._distributed or None,
-            "clientID": client_id(draft.commit),
+            "clientID": self._client_id,
             "sequenceClientID": client_id(f"{name.path} {draft.commit}"),
             "storageRegion": None,
             "labels": None,
