@@ -38,6 +38,7 @@ from artifactfs.publish import Draft, publish
 from artifactfs.reader import WHOLE, Reader
 from artifactfs.store.native import NativeStore
 from artifactfs.store.urls import open_store
+from artifactfs.store.wandb import WandbStore
 from artifactfs.store.wandb.files import lifetime
 from artifactfs.view import VersionView
 
@@ -643,16 +644,43 @@ def test_what_servers_do_not_have_says_so(server: WandbServer, cache: BlockCache
         assert done.returncode == 2 and server.url in done.stderr and "cannot be" in done.stderr, done.stderr
 
 
-@pytest.mark.parametrize("url", ["wandb://u:p@host", "wandb://host/path", "wandb://host?x=1", "wandb://", "wandb://host:x"])
+@pytest.mark.parametrize(
+    "url",
+    ["wandb://u:p@host", "wandb://host/path", "wandb://host?x=1", "wandb://host?scheme=ftp", "wandb://:80", "wandb://host:x"],
+)
 def test_urls_that_cannot_be(url: str) -> None:
     with pytest.raises(UsageError) as caught:
         open_store(url)
     assert "p@" not in str(caught.value)
 
 
-def test_the_server_that_the_environment_names(server: WandbServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_BASE_URL", server.base + "/")
-    assert open_store("wandb://").url == server.url
+@pytest.mark.parametrize(
+    "given, url",
+    [
+        ("", "wandb://api.wandb.ai"),
+        ("http://127.0.0.1:8080/", "wandb://127.0.0.1:8080"),
+        ("https://corp.example", "wandb://corp.example"),
+        ("http://corp.example:8080", "wandb://corp.example:8080?scheme=http"),
+        ("https://localhost:9/wandb", "wandb://localhost:9?scheme=https&path=/wandb"),
+    ],
+)
+def test_the_server_that_the_environment_names_is_recorded(given: str, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a stage notes means the same server when the environment is another one."""
+    monkeypatch.setenv("WANDB_BASE_URL", given)
+    store = open_store("wandb://")
+    assert (
+        isinstance(store, WandbStore) and store.url == url and store.client.base == (given.rstrip("/") or "https://api.wandb.ai")
+    )
+    monkeypatch.setenv("WANDB_BASE_URL", "https://elsewhere.example")
+    again = open_store(store.url)
+    assert isinstance(again, WandbStore) and (again.url, again.client.base) == (url, store.client.base)
+
+
+def test_an_identity_token_is_no_key(server: WandbServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_API_KEY")
+    monkeypatch.setenv("WANDB_IDENTITY_TOKEN_FILE", "/some/token")
+    with pytest.raises(NotPermittedError, match=r"identity tokens .* are not used; set WANDB_API_KEY"):
+        open_store(server.url).version(BIKES)
 
 
 def test_how_long_urls_live() -> None:
