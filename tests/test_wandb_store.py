@@ -22,7 +22,6 @@ from wandb_server import KEY, Artifact, WandbServer, b64md5, running
 from artifactfs import download
 from artifactfs.cache import BlockCache
 from artifactfs.errors import (
-    ArtifactFSError,
     ConflictError,
     IntegrityError,
     NetworkError,
@@ -508,45 +507,6 @@ def test_parts_of_a_very_large_file(
     publish(store, draft(LocalFolder(str(write(tmp_path / "in", {"large": LARGE})))))
     assert server.asked.count("CompleteMultipartUploadArtifact") == 1
     assert read_all(server, cache, BIKES, "large") == LARGE
-
-
-STEPS = ["CreateArtifact", "CreateArtifactManifest", "CreateArtifactFiles", "PUT", "CommitArtifact", "ArtifactByID"]
-
-
-@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("step", STEPS)
-def test_a_commit_that_dies_and_is_repeated_makes_one_version(
-    server: WandbServer, cache: BlockCache, tmp_path: Path, step: str, after: bool
-) -> None:
-    """``after``: the server has done it, and the answer is lost."""
-    asked = draft(LocalFolder(str(write(tmp_path / "in", FILES))))
-    dead = []
-    execute = server.execute
-
-    def dying(document: str, variables: dict[str, Any]) -> Any:
-        if f" {step}(" in document and after:
-            execute(document, variables)
-        if dead or f" {step}(" in document:
-            dead.append(step)
-            raise AssertionError("gone")
-        return execute(document, variables)
-
-    server.execute = dying  # type: ignore[method-assign]
-    if step == "PUT":
-        server.fail = lambda method, path: (400, {}) if method == "PUT" else None
-    with pytest.raises(ArtifactFSError):
-        publish(open_store(server.url, cache), asked)
-    server.execute, server.fail = execute, lambda method, path: None  # type: ignore[method-assign]
-    store = open_store(server.url, cache)
-    done = publish(store, msgspec_replace(asked, retry=True))
-    assert done.version.number == 0 and [it.number for it in store.versions(BIKES)] == [0]
-    assert read_all(server, cache, BIKES, "dir/b.bin") == FILES["dir/b.bin"]
-
-
-def msgspec_replace(asked: Draft, **changes: Any) -> Draft:
-    import dataclasses
-
-    return dataclasses.replace(asked, **changes)
 
 
 def test_what_a_server_cannot_hold_is_refused_before_anything_is_sent(

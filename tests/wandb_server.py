@@ -510,7 +510,7 @@ class WandbServer:
     def do_createArtifactFiles(self, given: dict[str, Value]) -> Value:
         edges = []
         for spec in given["artifactFiles"]:
-            name = spec["md5"].replace("/", "_")
+            name = (spec.get("digest") or spec["md5"]).replace("/", "_")
             known = next((place for place in self.blobs if place.endswith("/" + name)), None)
             place = known or f"{spec['artifactID']}/{name}"
             node = {
