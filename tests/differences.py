@@ -63,6 +63,7 @@ ON_WANDB: dict[str, dict[str, str]] = {
         "test_a_damaged_link": _OBJECTS,
         "test_commands": _SETTINGS,
     },
+    "test_media": {},
     "test_lineage": {
         "test_the_graph": _BASE,
         "test_the_tree": _BASE,
