@@ -14,7 +14,6 @@ import os
 import select
 import signal
 import subprocess
-import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +23,7 @@ import msgspec
 import pytest
 import xxhash
 from mounting import needs_fuse
+from programs import Program
 from wandb_server import KEY, WandbServer, b64md5, running
 
 from artifactfs import distributed
@@ -362,24 +362,19 @@ def test_an_upload_url_that_ended(server: WandbServer, store: Store, folder: Loc
 # Stages whose daemon is killed
 
 
-def program(server: WandbServer, *command: str, code: int = 0, **environ: str) -> str:
-    given = {**os.environ, "ARTIFACTFS_STORE": server.url, "WANDB_ENTITY": "ann", "WANDB_PROJECT": "lab", **environ}
-    run = [sys.executable, "-m", "artifactfs.cli", *command]
-    done = subprocess.run(run, env=given, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == code, done.stderr
-    return done.stdout
-
-
 @needs_fuse
 @pytest.mark.parametrize("step", ["CreateArtifact before", "PUT before", "CommitArtifact before", "CommitArtifact after"])
-def test_a_stage_that_is_killed_while_it_commits(server: WandbServer, store: Store, tmp_path: Path, step: str) -> None:
+def test_a_stage_that_is_killed_while_it_commits(
+    server: WandbServer, store: Store, afs: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
     """kill -9 at the step; then ``commit --resume``, in an environment that names another server."""
     server.log_version("ann/lab/bikes", FILES)
     where = tmp_path / "stage"
     where.mkdir()
-    record = json.loads(
-        program(server, "--json", "stage", "bikes", str(where), ARTIFACTFS_STORE="wandb://", WANDB_BASE_URL=server.base)
-    )
+    given = {"ARTIFACTFS_STORE": "wandb://", "WANDB_BASE_URL": server.base, "WANDB_ENTITY": "ann", "WANDB_PROJECT": "lab"}
+    for setting, value in given.items():
+        monkeypatch.setenv(setting, value)
+    record = afs("stage", "bikes", where, "--json").document
     (where / "new").write_bytes(b"new" * 100_000)
     (where / "a.txt").write_bytes(b"changed")
     (where / "dir/b.bin").unlink()
@@ -395,12 +390,13 @@ def test_a_stage_that_is_killed_while_it_commits(server: WandbServer, store: Sto
     server.fault = kill
     assert subprocess.run(["fusermount", "-u", str(where)], check=False).returncode == 0
     _gone(record["pid"])
-    program(server, "commit", "--resume", str(where), ARTIFACTFS_STORE="wandb://", WANDB_BASE_URL="http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    afs("commit", "--resume", where)
     assert [it.number for it in store.versions(BIKES)] == [0, 1]
     left = {path: data for path, data in FILES.items() if path != "dir/b.bin"}
     expected = {**left, "a.txt": b"changed", "new": b"new" * 100_000}
     assert listed(store, "v1") == {path: b64md5(data) for path, data in expected.items()}
-    assert not os.path.exists(record["staging"]) and json.loads(program(server, "mounts", "--all", "--json")) == []
+    assert not os.path.exists(record["staging"]) and afs("mounts", "--all", "--json").document == []
 
 
 def _gone(pid: int) -> None:

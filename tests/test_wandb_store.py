@@ -17,6 +17,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from programs import Program
 from wandb_server import KEY, Artifact, WandbServer, b64md5, running
 
 from artifactfs import download
@@ -598,10 +599,10 @@ def test_lineage(server: WandbServer, cache: BlockCache, tmp_path: Path) -> None
     assert store.run("ann", "lab", "r2").used == [made.qualified_name]
 
 
-def test_what_servers_do_not_have_says_so(server: WandbServer, cache: BlockCache) -> None:
+def test_what_servers_do_not_have_says_so(server: WandbServer, cli: Program) -> None:
     for command in ("gc", "fsck"):
-        done = afs(server, command)
-        assert done.returncode == 2 and server.url in done.stderr and "cannot be" in done.stderr, done.stderr
+        done = cli(command, code=2)
+        assert server.url in done.err and "cannot be" in done.err, done.err
 
 
 @pytest.mark.parametrize(
@@ -655,44 +656,41 @@ def test_how_long_urls_live() -> None:
 # The command line, and mounts
 
 
-def afs(server: WandbServer, *command: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    environ = {**os.environ, "ARTIFACTFS_STORE": server.url, "WANDB_ENTITY": "ann", "WANDB_PROJECT": "lab"}
-    run = [sys.executable, "-m", "artifactfs.cli", *command]
-    return subprocess.run(run, env=environ, capture_output=True, text=True, timeout=60, check=False, **options)
+@pytest.fixture
+def cli(server: WandbServer, afs: Program, monkeypatch: pytest.MonkeyPatch) -> Program:
+    """The program with the server as its store."""
+    for name, value in {"ARTIFACTFS_STORE": server.url, "WANDB_ENTITY": "ann", "WANDB_PROJECT": "lab"}.items():
+        monkeypatch.setenv(name, value)
+    return afs
 
 
-def ok(done: subprocess.CompletedProcess[str]) -> str:
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_commands(server: WandbServer, tmp_path: Path) -> None:
+def test_commands(server: WandbServer, cli: Program, tmp_path: Path) -> None:
     root = write(tmp_path / "in", FILES)
-    assert ok(afs(server, "log", "bikes", str(root), "--alias", "best")).strip().endswith("bikes:v0")
-    assert json.loads(ok(afs(server, "--json", "info", "bikes:best")))["file_count"] >= 0
-    assert "a.txt" in ok(afs(server, "ls", "bikes:latest"))
-    ok(afs(server, "get", "bikes", str(tmp_path / "out")))
-    ok(afs(server, "verify", "bikes", str(tmp_path / "out")))
+    assert cli("log", "bikes", str(root), "--alias", "best").out.strip().endswith("bikes:v0")
+    assert json.loads(cli("--json", "info", "bikes:best").out)["file_count"] >= 0
+    assert "a.txt" in cli("ls", "bikes:latest").out
+    cli("get", "bikes", str(tmp_path / "out"))
+    cli("verify", "bikes", str(tmp_path / "out"))
     subprocess.run(["diff", "-r", str(root), str(tmp_path / "out")], check=True)
-    ok(afs(server, "alias", "bikes:v0", "add", "more"))
-    assert afs(server, "info", "bikes:nope").returncode == 3
+    cli("alias", "bikes:v0", "add", "more")
+    cli("info", "bikes:nope", code=3)
     server.keys = set()
-    assert afs(server, "info", "bikes").returncode == 7
+    cli("info", "bikes", code=7)
 
 
 @pytest.mark.fuse
-def test_mount_and_stage(server: WandbServer, tmp_path: Path) -> None:
+def test_mount_and_stage(server: WandbServer, cli: Program, tmp_path: Path) -> None:
     server.log_version("ann/lab/bikes", {**FILES, "large": LARGE})
     where = tmp_path / "m"
     where.mkdir()
-    ok(afs(server, "mount", "bikes:latest", str(where)))
+    cli("mount", "bikes:latest", str(where))
     try:
         assert (where / "large").read_bytes() == LARGE
         assert os.getxattr(where / "large", "user.artifactfs.verified") == b"true"
         assert sorted(str(p.relative_to(where)) for p in where.rglob("*") if p.is_file()) == sorted([*FILES, "large"])
     finally:
-        ok(afs(server, "unmount", str(where)))
-    ok(afs(server, "stage", "bikes", str(where)))
+        cli("unmount", str(where))
+    cli("stage", "bikes", str(where))
     try:
         with open(where / "large", "r+b") as file:
             file.seek(2 * BLOCK)
@@ -700,19 +698,19 @@ def test_mount_and_stage(server: WandbServer, tmp_path: Path) -> None:
         (where / "new").write_bytes(b"new")
         (where / "a.txt").unlink()
     finally:
-        assert "bikes:v1" in ok(afs(server, "unmount", str(where)))
+        assert "bikes:v1" in cli("unmount", str(where)).out
     changed = LARGE[: 2 * BLOCK] + b"changed" + LARGE[2 * BLOCK + 7 :]
     assert read_all(server, None, BIKES, "large") == changed
     assert read_all(server, None, BIKES, "new") == b"new"
     with pytest.raises(AssertionError):
         read_all(server, None, BIKES, "a.txt")
-    ok(afs(server, "mount", "ann/lab", str(where)))
+    cli("mount", "ann/lab", str(where))
     try:
         assert sorted(os.listdir(where)) == ["bikes"]
         assert (where / "bikes/v0/a.txt").read_bytes() == b"one"
         assert os.readlink(where / "bikes/latest") == "v1"
     finally:
-        ok(afs(server, "unmount", str(where)))
+        cli("unmount", str(where))
 
 
 _MILLION = """
