@@ -76,6 +76,7 @@ from artifactfs.publish import Draft, Progress, check_sequence, publish
 from artifactfs.references import DEFAULT_MAX_OBJECTS
 from artifactfs.session import Session
 from artifactfs.store.native import now
+from artifactfs.store.server import ArtifactServer
 
 PathLike: TypeAlias = "str | os.PathLike[str]"
 
@@ -1063,6 +1064,10 @@ def newest_first(opened: Session, record: Collection) -> Callable[[], Iterator[V
     name = ArtifactName(record.entity, record.project, record.name)
 
     def found() -> Iterator[Version]:
+        if isinstance(opened.store, ArtifactServer):  # which lists them all at once
+            with contextlib.suppress(NotFoundError):
+                yield from reversed(opened.store.versions(name))
+            return
         numbers = sorted(record.links) if record.is_portfolio else opened.store.numbers(name)
         for number in reversed(numbers):
             try:

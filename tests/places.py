@@ -1,6 +1,6 @@
 """Test support: each test once on a store in a directory, once on one in a bucket, and once on a W&B server where that can be.
 
-The server is the stand-in of ``wandb_server``; ``differences`` says which modules are run on it, and which of their tests are not.
+The server is the stand-in of ``wandb_server``; ``differences`` says which modules are run on it, and which of their tests not.
 """
 
 from __future__ import annotations

@@ -42,8 +42,8 @@ _PLACED = {*_ALIAS, "entityName!", "projectName!"}
 _TAG = {"tagName!", "tagCategoryName", "attributes"}
 _INPUTS = {
     "createArtifact": """entityName! projectName! runName! artifactTypeName! artifactCollectionName! artifactCollectionNames
-        digest! description aliases! tags metadata ttlDurationSeconds historyStep enableDigestDeduplication! distributedID clientID!
-        sequenceClientID! storageRegion labels clientMutationId""",
+        digest! description aliases! tags metadata ttlDurationSeconds historyStep enableDigestDeduplication! distributedID
+        clientID! sequenceClientID! storageRegion labels clientMutationId""",
     "createArtifactFiles": "artifactFiles! storageLayout! cloudRegionID clientMutationId",
     "addAliases": "artifactID! aliases!",
     "deleteAliases": "artifactID! aliases!",
@@ -131,6 +131,8 @@ class WandbServer:
         self.log: list[tuple[str, str, dict[str, str]]] = []  # (method, URL, headers) of both ports
         self.fail: Callable[[str, str], tuple[int, dict[str, str]] | None] = lambda method, path: None
         self.cut: Callable[[str, bytes], bytes] = lambda path, body: body  # what really is sent of an answer
+        self.fault: Callable[[str], int | str | None] = lambda step: None  # of a mutation's name, "PUT" or "stream": a status,
+        # "before" or "after" for a connection that breaks before it is done, or before the answer; or "" for neither
         self.lock = threading.RLock()
         self._servers: list[ThreadingHTTPServer] = []
 
@@ -393,7 +395,7 @@ class WandbServer:
             "ttlIsInherited": it.ttl in (None, -1),
             "tags": [{"id": _id("g", tag), "name": tag} for tag in sorted(it.tags)],
             "state": it.state,
-            "size": lambda args: str(sum(entry.get("size") or 0 for entry in (it.contents or {}).values())),
+            "size": lambda args: str(sum(map(_size, (it.contents or {}).values()))),
             "digest": it.digest,
             "commitHash": hashlib.sha1(it.id.encode()).hexdigest(),
             "fileCount": lambda args: len(it.contents or {}),
@@ -508,7 +510,7 @@ class WandbServer:
     def do_createArtifactFiles(self, given: dict[str, Value]) -> Value:
         edges = []
         for spec in given["artifactFiles"]:
-            name = spec["md5"].replace("/", "_")
+            name = (spec.get("digest") or spec["md5"]).replace("/", "_")
             known = next((place for place in self.blobs if place.endswith("/" + name)), None)
             place = known or f"{spec['artifactID']}/{name}"
             node = {
@@ -575,8 +577,8 @@ class WandbServer:
         key = (given["entityName"], given["projectName"], given["artifactPortfolioName"])
         artifact = self.artifacts[given["artifactID"]]
         home = self.collections.setdefault(key, Collection(_id("p", *key), *key, artifact.kind, True))
-        if not home.portfolio:
-            raise Refused("that is a sequence")
+        if not home.portfolio or home.kind != artifact.kind:
+            raise Refused("that is a sequence, or of another type")
         number = next((n for n, id in home.members.items() if id == artifact.id), None)
         if number is None:
             number, home.next = home.next, home.next + 1
@@ -586,8 +588,10 @@ class WandbServer:
 
     def do_unlinkArtifact(self, given: dict[str, Value]) -> Value:
         (home,) = (it for it in self.collections.values() if it.id == given["artifactPortfolioID"])
-        (number,) = (n for n, id in home.members.items() if id == given["artifactID"])
-        self._forget(home, number)
+        numbers = [n for n, id in home.members.items() if id == given["artifactID"]]
+        if not numbers:
+            raise Refused("membership not found")
+        self._forget(home, numbers[0])
         return {"success": True}
 
     def _forget(self, home: Collection, number: int) -> None:
@@ -603,6 +607,8 @@ class WandbServer:
         ]
         if held and not given["deleteAliases"]:
             raise Refused(f"the version has the aliases {held}")
+        if artifact.state == "DELETED":
+            raise Refused("artifact not found")
         artifact.state = "DELETED"
         for home in self.collections.values():
             for number in [n for n, id in home.members.items() if id == artifact.id]:
@@ -645,7 +651,9 @@ class WandbServer:
 
     def do_deleteArtifactSequence(self, given: dict[str, Value]) -> Value:
         id = given.get("artifactSequenceID") or given["artifactPortfolioID"]
-        (gone,) = (it for it in self.collections.values() if it.id == id)
+        gone = next((it for it in self.collections.values() if it.id == id), None)
+        if gone is None:
+            raise Refused("collection not found")
         for member in [] if gone.portfolio else list(gone.members.values()):
             self.do_deleteArtifact({"artifactID": member, "deleteAliases": True})
         self.collections = {key: it for key, it in self.collections.items() if it.id != id}
@@ -656,6 +664,11 @@ class WandbServer:
 
 def _id(*parts: object) -> str:
     return base64.b64encode("~".join(map(str, parts)).encode()).decode()
+
+
+def _size(entry: Value) -> int:
+    size = entry.get("size") if isinstance(entry, dict) else None
+    return size if isinstance(size, int) else 0
 
 
 def _project_info(entity: str, project: str) -> dict[str, Value]:
@@ -709,6 +722,22 @@ class _Handler(BaseHTTPRequestHandler):
             self.answer(fault[0], b"no", fault[1])
         return fault is None
 
+    def broken(self, step: str) -> bool:
+        """Whether the request is to have no answer, or another one, before it is done; :meth:`lost` says whether after."""
+        fault = self.owner.fault(step)
+        self.lose = fault == "after"
+        if isinstance(fault, int):
+            self.answer(fault, b"busy", {"Retry-After": "0"})
+        elif fault == "before":
+            self.close_connection = True
+        return fault == "before" or isinstance(fault, int)
+
+    def lost(self) -> bool:
+        """Whether the answer is to be lost."""
+        if self.lose:
+            self.close_connection = True
+        return self.lose
+
     def answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
         for name, value in (headers or {}).items():
@@ -741,10 +770,14 @@ class _Api(_Handler):
             self.answer(200, b'{"exitcode":null,"limits":{}}')
             return
         asked = json.loads(self.body)
+        if self.broken(asked["operationName"]):
+            return
         try:
             answer: Value = {"data": self.owner.execute(asked["query"], asked.get("variables") or {})}
         except Refused as error:
             answer = {"data": None, "errors": [{"message": str(error)}]}
+        if self.lost():
+            return
         self.answer(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
 
     def do_GET(self) -> None:
@@ -770,7 +803,7 @@ class _Storage(_Handler):
 
     def do_PUT(self) -> None:
         place = self.place() if self.begin() else None
-        if place is None:
+        if place is None or self.broken("PUT"):
             return
         if self.headers.get("Content-MD5", b64md5(self.body)) != b64md5(self.body):
             self.answer(400, b"bad digest")
@@ -779,6 +812,8 @@ class _Storage(_Handler):
             self.owner.put_manifest(place.removeprefix("manifest/"), self.body)
         else:
             self.owner.blobs[place] = self.body
+        if self.lost():
+            return
         self.answer(200, b"", {"ETag": f'"{hashlib.md5(self.body).hexdigest()}"'})
 
     def do_GET(self) -> None:

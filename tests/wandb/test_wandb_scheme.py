@@ -196,9 +196,15 @@ def test_runs_tables_parts_links_and_lineage(server: WandbServer, tmp_path: Path
         "WANDB_ENTITY": "acme",
         "WANDB_PROJECT": "vision",
     }
-    done = subprocess.run([PROGRAM[0], "-c", OURS], cwd=home, env=environ, capture_output=True, text=True, timeout=90, check=False)
+    done = subprocess.run(
+        [PROGRAM[0], "-c", OURS], cwd=home, env=environ, capture_output=True, text=True, timeout=90, check=False
+    )
     assert done.returncode == 0, done.stderr
-    told = json.loads(run_client(server, tmp_path / "client", CHECK).splitlines()[-1]) if (tmp_path / "client").mkdir() is None else {}
+    told = (
+        json.loads(run_client(server, tmp_path / "client", CHECK).splitlines()[-1])
+        if (tmp_path / "client").mkdir() is None
+        else {}
+    )
     assert told["table"] == [["a", "b"], [[1, "x"], [2, "y"]]]
     assert told["linked"] == ["acme/vision/api:v0", True]
     assert told["together"] == ["0.txt", "1.txt", "2.txt"] and told["more"] == ["table.table.json", "x", "y"]

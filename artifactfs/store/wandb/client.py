@@ -29,6 +29,7 @@ _MOST = 256 << 20
 """Bytes of an answer: the URLs of 5,000 files have ten megabytes."""
 _PAGES = 100_000
 _CLOUD = "https://api.wandb.ai"
+_SCHEMES = ("http", "https")
 _RETRIED = frozenset({409, 507, 509, *range(520, 528), 529, 530})  # besides the usual ones: what gateways answer
 _LOOPBACK = re.compile(r"localhost|127(\.[0-9]+){3}|\[?::1\]?", re.IGNORECASE)
 _REFUSED = re.compile(r"permission denied|not authorized|unauthorized|forbidden|access denied|not permitted", re.IGNORECASE)
@@ -40,25 +41,45 @@ Node = dict[str, Any]
 
 def base_url(url: str) -> str:
     """The base URL of the server that ``url``, ``wandb://[host[:port]]``, means: plain HTTP on this machine, TLS elsewhere, or
-    what ``WANDB_BASE_URL`` or W&B's settings file says of that host. UsageError for a URL that cannot be right."""
-    given = _given_url() or _setting("base_url").rstrip("/")
+    what ``WANDB_BASE_URL`` or W&B's settings file says of that host; without a host they name the server, or else it is W&B's
+    own. ``scheme`` and ``path`` behind a ``?`` say it for good. UsageError for a URL that cannot be right."""
+    given = _given_url() or _setting("base_url").rstrip("/") or _CLOUD
     try:
         parts, known = urllib.parse.urlsplit(url), urllib.parse.urlsplit(given)
         host, user, port = parts.hostname, parts.username, parts.port
         known_host = known.hostname
+        options = dict(urllib.parse.parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query)))
     except ValueError:
         raise UsageError("the store's URL is not valid; write wandb://host[:port]") from None
     if user is not None or known.username is not None:
         raise UsageError("a W&B server's URL has no user or key in it; set WANDB_API_KEY, or put the key into ~/.netrc")
-    if parts.query or parts.fragment or parts.path not in ("", "/"):
-        raise UsageError(f"store wandb://{parts.netloc} takes no path and no options; write wandb://host[:port]")
-    if known.scheme in ("http", "https") and known_host and parts.netloc in ("", known.netloc):
-        return given
+    scheme, path = options.pop("scheme", ""), options.pop("path", "")
+    if options or parts.fragment or parts.path not in ("", "/") or scheme not in ("", *_SCHEMES) or (path and path[0] != "/"):
+        raise UsageError(
+            f"store wandb://{parts.netloc} takes no path, and no options but scheme=http or https, path=/…; write wandb://host[:port]"
+        )
+    if parts.netloc in ("", known.netloc) and not scheme and not path:
+        if known.scheme in _SCHEMES and known_host:
+            return given
+        if not host:
+            raise UsageError("WANDB_BASE_URL is no URL of a server; write https://host, or name it: wandb://host[:port]")
     if not host:
-        raise UsageError("store wandb:// names no server; write wandb://host[:port], or set WANDB_BASE_URL")
+        raise UsageError("store wandb:// names no server; write wandb://host[:port]")
     if port == 0:
         raise UsageError(f"store {url} has a port that cannot be")
-    return f"{'http' if _LOOPBACK.fullmatch(host) else 'https'}://{parts.netloc}"
+    return f"{scheme or _usual_scheme(host)}://{parts.netloc}{path.rstrip('/')}"
+
+
+def store_url(base: str) -> str:
+    """The ``wandb://`` URL that means the server at ``base``, whatever the environment says later."""
+    parts = urllib.parse.urlsplit(base)
+    options = {"scheme": parts.scheme if parts.scheme != _usual_scheme(parts.hostname or "") else "", "path": parts.path}
+    query = urllib.parse.urlencode({name: value for name, value in options.items() if value}, safe="/")
+    return f"wandb://{parts.netloc}" + (f"?{query}" if query else "")
+
+
+def _usual_scheme(host: str) -> str:
+    return "http" if _LOOPBACK.fullmatch(host) else "https"
 
 
 def api_key(netloc: str) -> str:
@@ -128,6 +149,11 @@ class Client:
         if (parts.scheme, parts.netloc) == self._origin:
             key = api_key(self.netloc)
             if not key:
+                if os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+                    raise NotPermittedError(
+                        f"there is no API key for {self.netloc}, and identity tokens (WANDB_IDENTITY_TOKEN_FILE) are not used; "
+                        "set WANDB_API_KEY"
+                    )
                 raise NotPermittedError(
                     f"there is no API key for {self.netloc}; set WANDB_API_KEY, or `machine {self.netloc}` in ~/.netrc"
                 )

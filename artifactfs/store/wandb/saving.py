@@ -192,7 +192,7 @@ class _Saving:
         draft, store = self._draft, self._store
         own = self._own() if draft.retry or self._note.read() else None
         if own is not None:
-            return Published(self._with_aliases(own), True)
+            return Published(self._known(own), True)
         kind = self._type()
         newest = store.newest(draft.name)
         found = newest.number if newest else -1
@@ -216,7 +216,7 @@ class _Saving:
         """Add the draft, and commit; the version, also where an earlier attempt made it."""
         own = self._own()
         if own is not None:
-            return self._with_aliases(own)
+            return self._known(own)
         artifact, state = self.part()
         if state == "COMMITTED":
             return self._with_aliases(self._store.version_of(artifact, self._draft.name))
@@ -246,7 +246,11 @@ class _Saving:
                 raise
             answer = {}
         made = dig(answer, "commitArtifact", "artifact", "id") or artifact
-        version = self._with_aliases(self._store.version_of(str(made), self._draft.name))
+        return self._known(self._store.version_of(str(made), self._draft.name))
+
+    def _known(self, version: Version) -> Version:
+        """The version, once all is as the draft says, so that nothing has to be noted any more."""
+        version = self._with_aliases(version)
         self._note.forget()
         return version
 

@@ -26,6 +26,7 @@ from artifactfs.errors import (
     CommError,
     ConflictError,
     IntegrityError,
+    NetworkError,
     NotFoundError,
     NotPermittedError,
     OfflineError,
@@ -56,7 +57,7 @@ from artifactfs.store.server import ArtifactServer
 from artifactfs.store.upload import Report
 from artifactfs.store.wandb import manifest, queries, saving
 from artifactfs.store.wandb.answers import count, json_object, moment, whole
-from artifactfs.store.wandb.client import Client, Node, dig
+from artifactfs.store.wandb.client import Client, Node, dig, store_url
 from artifactfs.store.wandb.files import FileUrls, Home, WandbSource
 from artifactfs.store.wandb.runs import Runs, made_by
 
@@ -76,7 +77,7 @@ class WandbStore(ArtifactServer):
     moves_latest = True
 
     def __init__(self, client: Client, cache: BlockCache | None, offline: bool) -> None:
-        super().__init__(f"wandb://{client.netloc}", cache, offline)
+        super().__init__(store_url(client.base), cache, offline)
         self.client = client
         self._urls = FileUrls(client, self)
         self._lock = new_lock()
@@ -485,7 +486,8 @@ class WandbStore(ArtifactServer):
         if held and not delete_aliases:
             shown = f"{version.qualified_name} has the aliases {', '.join(held)}"
             raise ConflictError(f"{shown}; move them first, or delete them too (--delete-aliases)")
-        self.ask(queries.DELETE, input={"artifactID": version.commit, "deleteAliases": True})
+        asked = {"artifactID": version.commit, "deleteAliases": True}
+        self._do(queries.DELETE, lambda: not self._is_there(name.at(version.name)), input=asked)
         return msgspec.structs.replace(version, state="DELETED", deleted_at=moment(None))
 
     def delete_collection(self, name: ArtifactName, delete_aliases: bool = True) -> None:
@@ -494,7 +496,8 @@ class WandbStore(ArtifactServer):
         held = sorted(set(found.aliases) - {LATEST})
         if held and not delete_aliases and not found.is_portfolio:
             raise ConflictError(f"{name.path} has versions with the aliases {', '.join(held)}; pass delete_aliases=True")
-        self.ask(queries.DELETE_PORTFOLIO if found.is_portfolio else queries.DELETE_SEQUENCE, id=node["id"])
+        document = queries.DELETE_PORTFOLIO if found.is_portfolio else queries.DELETE_SEQUENCE
+        self._do(document, lambda: self.type_of(name) is None, id=node["id"])
 
     def link(
         self, version: Version, target: ArtifactName, aliases: Sequence[str] = (), run: str = "", description: str | None = None
@@ -533,9 +536,9 @@ class WandbStore(ArtifactServer):
         except NotFoundError:
             return
         if not known.is_portfolio:
-            raise UsageError(f"{name.path} is a collection that versions are logged to; link to another name")
+            raise UsageError(f"{name.path} holds versions that were logged to it; links need a collection of their own")
         if known.type != kind:
-            raise UsageError(f"{name.path} has type {known.type!r}, so no version of type {kind!r} is linked to it")
+            raise UsageError(f"{name.path} holds links to artifacts of type {known.type!r}, not {kind!r}: link it elsewhere")
 
     def _number_in(self, portfolio: ArtifactName, source: Version) -> int | None:
         """The number that a version has in a portfolio."""
@@ -548,8 +551,28 @@ class WandbStore(ArtifactServer):
         if not isinstance(version, LinkedVersion):
             raise UsageError(f"{version.qualified_name} is no link but a version that was logged; delete removes it")
         node, _ = self._find_collection(name)
-        self.ask(queries.UNLINK, input={"artifactID": version.source.commit, "artifactPortfolioID": node["id"]})
+        asked = {"artifactID": version.source.commit, "artifactPortfolioID": node["id"]}
+        self._do(queries.UNLINK, lambda: not self._is_there(name.at(version.name)), input=asked)
         return version
+
+    def _is_there(self, name: ArtifactName) -> bool:
+        try:
+            self.version(name)
+        except NotFoundError:
+            return False
+        return True
+
+    def _do(self, document: str, done: Callable[[], bool], /, **variables: object) -> None:
+        """Ask for what cannot be done twice. Where an answer is lost the request comes again, and what the server then says of
+        what is gone already counts for nothing."""
+        try:
+            self.ask(document, **variables)
+        except (NetworkError, NotPermittedError):
+            raise
+        except ArtifactFSError as error:
+            if not done():
+                raise
+            log.debug("done already: %s", error)
 
     def links_of(self, version: Version) -> list[LinkedVersion]:
         source = version.origin
