@@ -316,10 +316,12 @@ def _versions(
     """The versions of a collection that pass, newest first."""
 
     def found() -> Iterator[Artifact]:
-        for version in newest_first(opened, record)():
-            aliases = [alias for alias, number in record.aliases.items() if number == version.number]
+        # A server's list of collections does not tell their aliases, and every collection with a version has one.
+        known = record if record.aliases else opened.store.collection(ArtifactName(record.entity, record.project, record.name))
+        for version in newest_first(opened, known)():
+            aliases = [alias for alias, number in known.aliases.items() if number == version.number]
             if passes({**_document(version), "aliases": aliases, "version": version.name}):
-                yield Artifact._fetched(opened, version, collection=record)
+                yield Artifact._fetched(opened, version, collection=known)
 
     return found
 

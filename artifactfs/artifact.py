@@ -75,7 +75,8 @@ from artifactfs.paging import Pages
 from artifactfs.publish import Draft, Progress, check_sequence, publish
 from artifactfs.references import DEFAULT_MAX_OBJECTS
 from artifactfs.session import Session
-from artifactfs.store.native import native_store, now
+from artifactfs.store.native import now
+from artifactfs.store.server import ArtifactServer
 
 PathLike: TypeAlias = "str | os.PathLike[str]"
 
@@ -680,16 +681,13 @@ class Artifact:
     def _publish_part(self, opened: Session, name: ArtifactName, aliases: Sequence[str], run: str) -> None:
         """Add the draft to the distributed version, and stay a draft."""
         self._contents.check_borrowed(opened)
-        distributed.add_part(
-            native_store(opened.store, _DISTRIBUTED), self._distributed_id or "", self._draft(name, aliases, (), run)
-        )
+        distributed.add_part(opened.store, self._distributed_id or "", self._draft(name, aliases, (), run))
 
     def _publish_last_part(self, opened: Session, name: ArtifactName, aliases: Sequence[str], run: str) -> None:
         """Add the draft to the distributed version, and become what is made of all parts."""
         self._contents.check_borrowed(opened)
         draft = self._draft(name, aliases, (), run)
-        store = native_store(opened.store, _DISTRIBUTED)
-        version = distributed.finish(store, self._distributed_id or "", draft, incremental=self._incremental)
+        version = distributed.finish(opened.store, self._distributed_id or "", draft, incremental=self._incremental)
         self._show(_seen(opened, version, ""))
         self._contents.close()
         self._contents = Contents(self._algorithm)
@@ -709,6 +707,7 @@ class Artifact:
         )
         self.wait()
         opened.store.save_run(msgspec.structs.replace(record, logged=[self.source_qualified_name]))
+        opened.store.finish_run(record, 0)
 
     def _give(self, logged: _Logged, aliases: Sequence[str], tags: Sequence[str]) -> None:
         """Set further aliases and tags."""
@@ -1065,6 +1064,10 @@ def newest_first(opened: Session, record: Collection) -> Callable[[], Iterator[V
     name = ArtifactName(record.entity, record.project, record.name)
 
     def found() -> Iterator[Version]:
+        if isinstance(opened.store, ArtifactServer):  # which lists them all at once
+            with contextlib.suppress(NotFoundError):
+                yield from reversed(opened.store.versions(name))
+            return
         numbers = sorted(record.links) if record.is_portfolio else opened.store.numbers(name)
         for number in reversed(numbers):
             try:
@@ -1078,7 +1081,6 @@ def newest_first(opened: Session, record: Collection) -> Callable[[], Iterator[V
     return found
 
 
-_DISTRIBUTED = "logged to by several processes together"
 _ANY_TYPE = "unspecified"
 _LARGE = 50 << 20
 _MANY = 5000

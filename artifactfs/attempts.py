@@ -29,6 +29,8 @@ TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 _PROGRESS = 16 << 10  # fewer bytes are no progress: a server that drips could otherwise hold a fetch for days
 _BACKOFF_MAX = 10.0
+_BUSY = 1.0  # seconds before the first retry of what a server is too busy for and does not say when
+_TELL = 2.0  # seconds: who waits longer should know for what
 _RACE = 0.005  # seconds: a write to a service nearby takes about as long
 _RACE_MAX = 1.0
 
@@ -53,11 +55,13 @@ class Races:
 
 
 class TransientError(Exception):
-    """An attempt failed in a way that another may not. ``wait``: seconds that the server asks for, or None."""
+    """An attempt failed in a way that another may not. ``wait``: seconds that the server asks for, or None. ``busy``: it is
+    there and wants to be asked later, so only the deadline limits how often that is."""
 
-    def __init__(self, reason: str, wait: float | None = None) -> None:
+    def __init__(self, reason: str, wait: float | None = None, busy: bool = False) -> None:
         super().__init__(reason)
         self.wait = wait
+        self.busy = busy
 
 
 class Attempts:
@@ -71,6 +75,7 @@ class Attempts:
         self._bytes = 0
         self._new = 0
         self._limit = time.monotonic() + deadline
+        self._told = False
 
     def arrived(self, size: int, new: int) -> None:
         """Count ``size`` bytes, ``new`` of which were not here before. NetworkError if they drip too slowly."""
@@ -93,8 +98,15 @@ class Attempts:
         """Wait before the next attempt; NetworkError if there is none left."""
         self._failures += 1
         wait = error.wait if error.wait is not None else self._backoff()
-        if self._failures >= MAX_ATTEMPTS or time.monotonic() + wait >= self._limit:
-            raise NetworkError(f"{self.where}: {error} (attempt {self._failures}); check the network, then try again") from None
+        if error.busy and (error.wait is None or self._failures > 1):
+            wait = max(wait, _jitter.uniform(0.5, 1.0) * min(_BUSY * float(2 ** min(self._failures - 1, 20)), _BACKOFF_MAX))
+        given_up = self._failures >= MAX_ATTEMPTS and not error.busy
+        if given_up or time.monotonic() + wait >= self._limit:
+            advice = "try again later" if error.busy else "check the network, then try again"
+            raise NetworkError(f"{self.where}: {error} (attempt {self._failures}); {advice}") from None
+        if wait >= _TELL and not self._told:
+            self._told = True
+            log.warning("%s: %s; trying again in %.0f s", self.where, error, wait)
         log.debug("%s: %s; attempt %d follows in %.1f s", self.where, error, self._failures + 1, wait)
         time.sleep(wait)
 

@@ -3,6 +3,8 @@
 A part's contents and pages are stored before the record names it, so that whoever finishes reads nothing of anybody's disk. The
 record changes by compare-and-swap: what is being finished is taken out of it first, under a commit id that it keeps, so that a
 finish that died, or that two processes do at once, makes one version. What is added after that is of the next version.
+
+That is for native stores. A server that knows of such versions keeps the parts itself: ``ArtifactServer.add_part``.
 """
 
 from __future__ import annotations
@@ -20,19 +22,31 @@ import msgspec
 from artifactfs.errors import ConflictError, NotFoundError, UsageError
 from artifactfs.model import Closing, Dir, Distributed, Entry, File, Part, Ref, Symlink, Version
 from artifactfs.names import ArtifactName
-from artifactfs.publish import Change, Draft, Published, publish, store_folder
-from artifactfs.store.native import NativeStore, now
+from artifactfs.publish import Change, Draft, Published, checked, publish, store_folder
+from artifactfs.store import Store
+from artifactfs.store.native import NativeStore, native_store, now
+from artifactfs.store.server import ArtifactServer
 from artifactfs.tree import Tree
 
 _ATTEMPTS = 8
 """Times that an incremental version is laid over the newest one: each lost race is somebody's commit."""
 
 
-def add_part(store: NativeStore, id: str, draft: Draft) -> None:
+_TOGETHER = "logged to by several processes together"
+
+
+def add_part(store: Store, id: str, draft: Draft) -> None:
     """Store what ``draft`` holds as a part of the distributed version ``id``; ``draft.commit`` makes it one part, however often.
 
     UsageError if others add to it with another type or digest algorithm.
     """
+    if isinstance(store, ArtifactServer):
+        store.add_part(id, checked(draft))
+    else:
+        _add_part(native_store(store, _TOGETHER), id, draft)
+
+
+def _add_part(store: NativeStore, id: str, draft: Draft) -> None:
     root = store_folder(store, draft)
     part = _part(draft, root)
 
@@ -49,16 +63,24 @@ def add_part(store: NativeStore, id: str, draft: Draft) -> None:
     store.update_distributed(draft.name, id, add)
 
 
-def finish(store: NativeStore, id: str, draft: Draft, *, incremental: bool = False) -> Version:
+def finish(store: Store, id: str, draft: Draft, *, incremental: bool = False) -> Version:
     """Add ``draft`` as the last part, and make everything that was added to ``id`` one version, which is returned.
 
     A path that two parts give different contents is a ConflictError: then nothing is made, and the parts are dropped.
-    ``incremental``: the parts are laid over the newest version.
+    ``incremental``: the parts are laid over the newest version. What joins the parts of a server is the server.
     """
+    if not isinstance(store, ArtifactServer):
+        return _finish(native_store(store, _TOGETHER), id, draft, incremental)
+    if incremental:
+        raise UsageError(f"{store.url} is an artifact server, which cannot lay parts over a version; leave incremental out")
+    return store.finish(id, checked(draft))
+
+
+def _finish(store: NativeStore, id: str, draft: Draft, incremental: bool) -> Version:
     begun = _finish_closing(store, draft.name, id)  # what somebody began and died over comes first
     if begun is not None and any(part.commit == draft.commit for part in begun.parts):
         return begun.version  # it was us
-    add_part(store, id, draft)
+    _add_part(store, id, draft)
     numbers = store.numbers(draft.name)
     after = numbers[-1] if numbers else -1
     commit = secrets.token_hex(16)

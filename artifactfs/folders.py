@@ -18,7 +18,7 @@ from typing import TypeGuard
 from artifactfs.errors import InvalidNameError, NotFoundError, UsageError, from_os_error
 from artifactfs.model import Dir, Entry, File, Ref, Symlink, is_executable
 from artifactfs.names import check_part
-from artifactfs.publish import Change, Folder, NewFile, NewRef
+from artifactfs.publish import Change, Folder, NewFile, NewRef, Streamed
 from artifactfs.references import Expanded
 
 _SPECIAL = {
@@ -196,7 +196,7 @@ class MergedFolder:
 
 
 def _is_folder(change: Change) -> TypeGuard[Folder]:
-    return not isinstance(change, (File, Dir, Symlink, Ref, NewFile, NewRef, NoneType))
+    return not isinstance(change, (File, Dir, Symlink, Ref, NewFile, NewRef, Streamed, NoneType))
 
 
 def gather(

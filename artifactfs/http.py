@@ -22,7 +22,8 @@ import re
 import socket
 import ssl
 import time
-from collections.abc import Callable, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import closing, suppress
 from email.utils import parsedate_to_datetime
 from http.cookiejar import DefaultCookiePolicy
@@ -55,6 +56,7 @@ _POOL = 64  # kept connections a host: more streams than a mount ever has in fli
 
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 _ENVIRONMENT = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", *_PROXIES, *map(str.upper, _PROXIES))
+_MOST = 8 << 30  # bytes of a list of files: thirty million entries
 _QUICK_ACK: int | None = getattr(socket, "TCP_QUICKACK", None)  # Linux has it
 
 _CONTENT_RANGE = re.compile(r"bytes\s+([0-9]+)-([0-9]+)/([0-9]+|\*)\s*", re.IGNORECASE)
@@ -80,6 +82,11 @@ class NoRangesError(ArtifactFSError):
     def __init__(self, url: str, stream: Iterator[bytes]) -> None:
         super().__init__(f"{shown(url)} cannot be read in ranges")
         self.stream = stream
+
+
+class StatusError(NetworkError):
+    """The server's answer is no success, nothing that another attempt may mend, and none of those that have errors of their own:
+    Google's storage says 400 to a link that has expired."""
 
 
 class RedirectedError(ArtifactFSError):
@@ -179,9 +186,10 @@ def exchange(
     body: Callable[[], Body],
     deadline: float = DEADLINE,
     most: int = 64 << 20,
+    also: Collection[int] = (),
 ) -> Answer:
     """:func:`call` with attempts of its own, which follows redirects: they take ``Authorization`` to no other host."""
-    return call(method, url, headers, body, Attempts(shown(url), deadline), most)
+    return call(method, url, headers, body, Attempts(shown(url), deadline), most, also=also)
 
 
 def call(
@@ -195,22 +203,23 @@ def call(
     follow: bool = True,
     repeat: bool = True,
     patience: float = 0.0,
+    also: Collection[int] = (),
 ) -> Answer:
     """Send a request, and take its whole answer, of at most ``most`` bytes. ``body`` is called for each attempt.
 
     Repeated when the connection breaks, the answer is cut or the server asks for it (429, 5xx), within the deadline: the request
     must be one that may come twice. With ``repeat`` False it is sent once, and TransientError says that its answer is not known.
     No credentials are sent but those in ``headers``. ``follow`` False: a redirect is a :class:`RedirectedError`. ``patience``:
-    seconds to wait for the answer to what takes the server long, instead of those of ``attempts``.
+    seconds to wait for the answer to what takes the server long, instead of those of ``attempts``. ``also``: further statuses
+    that another attempt may mend.
     """
     while True:
         connect, wait = attempts.timeouts()
         try:
             sent = _send(url, headers, attempts, method, body(), follow, (connect, max(wait, patience)))
             with closing(sent) as response:
-                if response.status_code in TRANSIENT:
-                    reason = f"the server answers {response.status_code} {_phrase(response)}".rstrip()
-                    raise TransientError(reason, _retry_after(response))
+                if response.status_code in TRANSIENT or response.status_code in also:
+                    raise _transient(response)
                 found = {name.lower(): value for name, value in response.headers.items()}
                 return Answer(response.status_code, found, _taken(response, url, attempts, most))
         except TransientError as error:
@@ -266,8 +275,10 @@ def get_whole(url: str, deadline: float = DEADLINE) -> Iterator[bytes]:
         raise NetworkError(f"{shown(url)}: {error}; try again") from None
 
 
-def fetch_into(file: IO[bytes], url: str, deadline: float = DEADLINE, headers: Mapping[str, str] = _NO_HEADERS) -> None:
-    """Write a content of unknown size to ``file``, which is empty. After a break it begins anew."""
+def fetch_into(
+    file: IO[bytes], url: str, deadline: float = DEADLINE, headers: Mapping[str, str] = _NO_HEADERS, most: int = _MOST
+) -> None:
+    """Write a content of unknown size, of at most ``most`` bytes, to ``file``, which is empty. After a break it begins anew."""
     attempts = Attempts(shown(url), deadline)
     while True:
         try:
@@ -275,11 +286,31 @@ def fetch_into(file: IO[bytes], url: str, deadline: float = DEADLINE, headers: M
             file.truncate()
             with closing(_send(url, headers, attempts)) as response:
                 _check_status(response, url)
-                for piece in _pieces(response, 0, _content_length(response), attempts):
+                for piece in _plain(_pieces(response, 0, _content_length(response), attempts), _encoding(response)):
                     file.write(piece)
+                    if file.tell() > most:
+                        raise NetworkError(f"{shown(url)} sends over {most} bytes; refused")
             return
         except TransientError as error:
             attempts.failed(error)
+
+
+def _plain(pieces: Iterator[bytes], encoding: str) -> Iterator[bytes]:
+    """A body without the compression that it came in though none was asked for."""
+    if encoding not in ("gzip", "x-gzip", "deflate"):
+        yield from pieces
+        return
+    inflate = zlib.decompressobj(32 + zlib.MAX_WBITS)
+    try:
+        for piece in pieces:
+            left = piece
+            while left:
+                yield inflate.decompress(left, _PIECE)
+                left = inflate.unconsumed_tail
+    except zlib.error:
+        raise TransientError("the answer is compressed, and damaged") from None
+    if not inflate.eof:
+        raise TransientError("the answer ended too early")
 
 
 def _whole(url: str, pin: Pin, attempts: Attempts, response: requests.Response, headers: Mapping[str, str]) -> Iterator[bytes]:
@@ -428,6 +459,8 @@ def _ask(
     response = _send(url, headers, attempts, follow=follow)
     try:
         _check_status(response, url)
+        if _OWN in given:
+            _check_plain(response, url)
         total = _check_content_range(response, url, start, end) if response.status_code == 206 else _content_length(response)
         _check_pin(pin, dataclasses.replace(_pin_of(response), size=total), url)
     except BaseException:
@@ -505,7 +538,7 @@ def _check_status(response: requests.Response, url: str) -> None:
         return
     response.close()
     if status in TRANSIENT:
-        raise TransientError(f"the server answers {status} {_phrase(response)}".rstrip(), _retry_after(response))
+        raise _transient(response)
     if status in (401, 403):
         raise NotPermittedError(
             f"{shown(url)}: the server refuses access ({status}); check your credentials or the link's expiry"
@@ -514,7 +547,13 @@ def _check_status(response: requests.Response, url: str) -> None:
         raise NotFoundError(f"{shown(url)} does not exist (the server answers {status})")
     if status in (412, 416):
         raise SourceChangedError(f"{shown(url)} is no longer what was recorded (the server answers {status}); add it again")
-    raise NetworkError(f"{shown(url)}: the server answers {status} {_phrase(response)}".rstrip())
+    raise StatusError(f"{shown(url)}: the server answers {status} {_phrase(response)}".rstrip())
+
+
+def _transient(response: requests.Response) -> TransientError:
+    wait = _retry_after(response)
+    busy = response.status_code == 429 or bool(wait)
+    return TransientError(f"the server answers {response.status_code} {_phrase(response)}".rstrip(), wait, busy)
 
 
 def _phrase(response: requests.Response) -> str:
@@ -545,6 +584,36 @@ def _check_content_range(response: requests.Response, url: str, start: int, end:
         text = f"{shown(url)}: asked for bytes {start}-{end - 1}, the server answered with {given[:60]!r}"
         raise IntegrityError(text)
     return -1 if match[3] == "*" else int(match[3])
+
+
+def _encoding(response: requests.Response) -> str:
+    """The content encoding of an answer; "" for none."""
+    found = response.headers.get("Content-Encoding", "").strip().lower()
+    return "" if found == "identity" else found
+
+
+def _check_plain(response: requests.Response, url: str) -> None:
+    """A store's own files are stored as they are: one that comes encoded, which was not asked for, has other bytes."""
+    if _encoding(response):
+        raise IntegrityError(
+            f"{shown(url)} comes encoded ({_encoding(response)[:20]!r}), which was not asked for; nothing of it is used"
+        )
+
+
+def decoded(answer: Answer, most: int) -> bytes:
+    """The body of ``answer``, without the compression that some servers put on what was asked for plain. NetworkError if it
+    cannot be undone, or makes over ``most`` bytes."""
+    encoding = answer.headers.get("content-encoding", "").strip().lower()
+    if encoding not in ("gzip", "x-gzip", "deflate"):
+        return answer.body
+    inflate = zlib.decompressobj(32 + zlib.MAX_WBITS)
+    try:
+        body = inflate.decompress(answer.body, most)
+    except zlib.error:
+        raise NetworkError("the server's answer is compressed, and damaged; try again") from None
+    if inflate.unconsumed_tail or not inflate.eof:
+        raise NetworkError(f"the server's answer is compressed, and cut or over {most} bytes; refused")
+    return body
 
 
 def _content_length(response: requests.Response) -> int:

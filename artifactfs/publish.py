@@ -39,10 +39,23 @@ from artifactfs.store.drafts import Draft, Published
 from artifactfs.store.native import NativeStore, encode_record, native_store, now
 from artifactfs.store.semvers import NEXT, semvers
 from artifactfs.store.server import ArtifactServer
-from artifactfs.store.upload import Change, Folder, NewFile, NewRef, Progress, Report, Upload
+from artifactfs.store.upload import Change, Folder, NewFile, NewRef, Progress, Report, Streamed, Upload
 from artifactfs.tree import EMPTY, DirUpdate, Tree, forget_page
 
-__all__ = ["Change", "Draft", "Folder", "NewFile", "NewRef", "Progress", "Published", "Report", "build_digest", "publish"]
+__all__ = [
+    "Change",
+    "Draft",
+    "Folder",
+    "NewFile",
+    "NewRef",
+    "Progress",
+    "Published",
+    "Report",
+    "Streamed",
+    "build_digest",
+    "checked",
+    "publish",
+]
 
 
 DEFAULT_TYPE = "dataset"
@@ -55,7 +68,7 @@ def publish(store: Store, draft: Draft, report: Report | None = None) -> Publish
     The given aliases and ``latest`` point to the result. UsageError for a type other than the collection's, ConflictError for
     ``expect_base`` or a file that changes while it is read. May be repeated with the same draft after any failure.
     """
-    draft = _checked(draft)
+    draft = checked(draft)
     if isinstance(store, ArtifactServer):
         return store.save(draft, report)
     return _publish(native_store(store, "committed to"), draft, report)
@@ -94,7 +107,7 @@ def _publish(store: NativeStore, draft: Draft, report: Report | None) -> Publish
 def store_folder(store: NativeStore, draft: Draft, report: Report | None = None) -> Dir:
     """Store what a version of ``draft`` would hold, but make none; returns its root directory, durable. It is collected like what
     no version refers to, unless a record says that it is a part of one. UsageError and ConflictError as :func:`publish`."""
-    draft = _checked(draft)
+    draft = checked(draft)
     newest = _fitting(store, draft)[1]
     store.ensure_format()
     upload = Upload(store, newest, draft.algorithm, report, draft.stored)
@@ -120,7 +133,7 @@ def build_digest(folder: Folder, tree: Tree, algorithm: str = BLAKE3) -> str:
     def build(folder: Folder) -> Dir:
         update = DirUpdate(tree, folder.base, hold)
         for name, change in folder.changes():
-            if isinstance(change, (NewFile, NewRef)):
+            if isinstance(change, (NewFile, NewRef, Streamed)):
                 raise TypeError(f"{name!r} is not stored yet")
             update.change(name, change if change is None or isinstance(change, Entry) else build(change))
         return update.finish()
@@ -128,8 +141,8 @@ def build_digest(folder: Folder, tree: Tree, algorithm: str = BLAKE3) -> str:
     return tree.beside(pages).digest(build(folder), algorithm)
 
 
-def _checked(draft: Draft) -> Draft:
-    """The draft with everything in the form that it is stored in."""
+def checked(draft: Draft) -> Draft:
+    """The draft with everything in the form that it is stored in. UsageError for what cannot be."""
     check_entity(draft.name.entity)
     check_project(draft.name.project)
     check_collection(draft.name.collection)
@@ -271,6 +284,8 @@ def objects_of(store: NativeStore, root: Dir) -> list[str]:
 def _create(store: NativeStore, draft: Draft, root: Dir) -> Published:
     """Create the version under the next free number, unless somebody else has just made the same one."""
     digest = store.tree.digest(root, draft.algorithm)
+    if draft.expect_digest not in ("", digest):
+        raise IntegrityError(f"{draft.name.path} would get the digest {digest}, not {draft.expect_digest}; nothing is made")
     while True:
         # The numbers first: whoever commits after that takes the number that is tried here. So what is checked below against
         # the newest version still holds at the moment at which this one comes into being.

@@ -253,6 +253,7 @@ class Run:
         except InvalidNameError as error:
             failures.append(error)
         self._save()
+        self._session.store.finish_run(self._record, exit_code if exit_code is not None else int(bool(failures)))
         if failures:
             for other in failures[1:]:
                 failures[0].add_note(str(other))

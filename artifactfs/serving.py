@@ -35,6 +35,7 @@ from artifactfs.reader import BUDGET, Reader
 from artifactfs.registry import MountRecord, MountRequest, Registry
 from artifactfs.staging import Stage, StageSpec, left_out_warning, read_spec
 from artifactfs.store import Store
+from artifactfs.store.server import ArtifactServer
 from artifactfs.store.urls import open_store
 from artifactfs.view import FRESH, BrowseView, DiffView, FileTree, VersionView
 from artifactfs.warm import warm
@@ -74,6 +75,7 @@ class _Serving:
         self._where = mountpoint.check(request.mountpoint)
         self._record: MountRecord | None = None
         self._stage: Stage | None = None
+        self._url = request.store
         self._session: Session | None = None
         self._unmounting = threading.Lock()
         self._discard = False
@@ -128,6 +130,7 @@ class _Serving:
         stack.callback(cache.close)
         url = read_spec(Path(asked.resume)).store if asked.resume else asked.store
         store = open_store(url, cache, asked.offline)
+        self._url = _recorded(url, store)
         budget = 0 if asked.prefetch == "none" else BUDGET
         reader = Reader(store, cache, offline=asked.offline, budget=budget)
         stack.callback(reader.close)
@@ -152,7 +155,7 @@ class _Serving:
             kind=self._request.kind,
             name=label,
             mountpoint=self._where,
-            store=self._stage.spec.store if self._stage else self._request.store,
+            store=self._stage.spec.store if self._stage else self._url,
             process=registry.this_process(),
             started_at=datetime.datetime.now(datetime.UTC).isoformat(),
             log=self._log_path,
@@ -388,7 +391,7 @@ def open_stage(asked: MountRequest, store: Any, reader: Reader) -> Stage:
     id = os.urandom(6).hex()
     spec = StageSpec(
         name=name,
-        store=asked.store,
+        store=_recorded(asked.store, store),
         type=asked.type,
         base=base.number if base else None,
         aliases=asked.aliases,
@@ -403,6 +406,11 @@ def open_stage(asked: MountRequest, store: Any, reader: Reader) -> Stage:
         created_at=datetime.datetime.now(datetime.UTC).isoformat().replace("+00:00", "Z"),
     )
     return Stage.begin(Path(asked.staging_dir) / f"{name.collection}-{id}", spec, store, reader)
+
+
+def _recorded(url: str, store: Store) -> str:
+    """What a record says of the store that ``url`` means: of a server its name, which the environment may have given."""
+    return store.url if isinstance(store, ArtifactServer) else url
 
 
 def _base(text: str, store: Store, name: ArtifactName, newest: Version | None) -> Version | None:

@@ -135,7 +135,8 @@ class _Names:
 
 
 class Tree:
-    """Reads the directories of stored versions. ``load`` gives a page's bytes, checked against its id. Threads may share it."""
+    """Reads the directories of stored versions. ``load`` gives a page's bytes, checked against its id; none for a page that
+    stands for a directory of which nothing was known beforehand, and which is empty. Threads may share it."""
 
     def __init__(
         self,
@@ -199,6 +200,8 @@ class Tree:
         last = ""
         for child, siblings in self._children(directory, after, among):
             decoded = self._page(child, 0, siblings)
+            if not decoded.names:
+                return
             if decoded.names[0] <= last:
                 raise _disordered(child)
             last = decoded.names[-1]
@@ -245,6 +248,17 @@ class Tree:
             yield path, entry
             if isinstance(entry, Dir):
                 stack.append(_Walk(path + "/", self._leaf_entries(entry, "", walk.items)))
+
+    def walk_after(self, root: Dir, path: str) -> Iterator[tuple[str, Entry]]:
+        """What :meth:`walk` gives behind ``path`` and all that is below that, reading no page before."""
+        parts = path.split("/")
+        for depth in range(len(parts) - 1, -1, -1):
+            folder = "".join(f"{part}/" for part in parts[:depth])
+            directory = self.resolve(root, folder.rstrip("/"))
+            for entry in self.entries(directory, after=parts[depth]) if isinstance(directory, Dir) else ():
+                yield folder + entry.name, entry
+                if isinstance(entry, Dir):
+                    yield from ((f"{folder}{entry.name}/{below}", found) for below, found in self.walk(entry))
 
     def diff(self, old: Dir, new: Dir) -> Iterator[tuple[str, Entry | None, Entry | None]]:
         """(path, old entry, new entry) wherever they differ, reading only pages that do. A directory that exists on one side
@@ -420,7 +434,8 @@ class Tree:
         return decoded
 
     def _read(self, page: Page) -> _Names:
-        return decode_page(self._bytes(page), page.id.hex())
+        data = self._bytes(page)
+        return decode_page(data, page.id.hex()) if data else _Names(0, (), [], 0)
 
     def _bytes(self, page: Page) -> bytes:
         if not 0 < page.extent.length <= MAX_PAGE_BYTES:

@@ -329,6 +329,7 @@ class _DropError(Exception):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # head and body are two writes: the second would wait for the client to confirm the first
     server: _Server
 
     def log_message(self, format: str, *args: Any) -> None:

@@ -44,7 +44,7 @@ EMPTY_MD5 = "64e7c61456b10382e2f3b571ac24b659"
 
 
 @pytest.fixture(autouse=True)
-def workplace(desk: Path) -> Path:
+def workplace(here: str, desk: Path) -> Path:
     """Each test runs in a directory and with a store of its own."""
     return desk
 

@@ -231,7 +231,7 @@ def test_an_unknown_host() -> None:
     [
         *((status, NotPermittedError) for status in (401, 403)),
         *((status, NotFoundError) for status in (404, 410)),
-        *((status, NetworkError) for status in (204, 400, 418, 501)),
+        *((status, http.StatusError) for status in (204, 400, 418, 501)),
         (412, SourceChangedError),
     ],
 )

@@ -18,8 +18,7 @@ from artifactfs.errors import CommError, ConflictError, InvalidNameError, NotFou
 
 
 @pytest.fixture(autouse=True)
-def workplace(isolated_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setenv("ARTIFACTFS_STORE", str(tmp_path / "store"))
+def workplace(isolated_home: Path, here: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("ARTIFACTFS_ENTITY", "acme")
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")

@@ -17,12 +17,12 @@ from typing import Any
 
 import msgspec
 import pytest
+from programs import Program
 from wandb_server import KEY, Artifact, WandbServer, b64md5, running
 
 from artifactfs import download
 from artifactfs.cache import BlockCache
 from artifactfs.errors import (
-    ArtifactFSError,
     ConflictError,
     IntegrityError,
     NetworkError,
@@ -38,6 +38,7 @@ from artifactfs.publish import Draft, publish
 from artifactfs.reader import WHOLE, Reader
 from artifactfs.store.native import NativeStore
 from artifactfs.store.urls import open_store
+from artifactfs.store.wandb import WandbStore
 from artifactfs.store.wandb.files import lifetime
 from artifactfs.view import VersionView
 
@@ -509,45 +510,6 @@ def test_parts_of_a_very_large_file(
     assert read_all(server, cache, BIKES, "large") == LARGE
 
 
-STEPS = ["CreateArtifact", "CreateArtifactManifest", "CreateArtifactFiles", "PUT", "CommitArtifact", "ArtifactByID"]
-
-
-@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("step", STEPS)
-def test_a_commit_that_dies_and_is_repeated_makes_one_version(
-    server: WandbServer, cache: BlockCache, tmp_path: Path, step: str, after: bool
-) -> None:
-    """``after``: the server has done it, and the answer is lost."""
-    asked = draft(LocalFolder(str(write(tmp_path / "in", FILES))))
-    dead = []
-    execute = server.execute
-
-    def dying(document: str, variables: dict[str, Any]) -> Any:
-        if f" {step}(" in document and after:
-            execute(document, variables)
-        if dead or f" {step}(" in document:
-            dead.append(step)
-            raise AssertionError("gone")
-        return execute(document, variables)
-
-    server.execute = dying  # type: ignore[method-assign]
-    if step == "PUT":
-        server.fail = lambda method, path: (400, {}) if method == "PUT" else None
-    with pytest.raises(ArtifactFSError):
-        publish(open_store(server.url, cache), asked)
-    server.execute, server.fail = execute, lambda method, path: None  # type: ignore[method-assign]
-    store = open_store(server.url, cache)
-    done = publish(store, msgspec_replace(asked, retry=True))
-    assert done.version.number == 0 and [it.number for it in store.versions(BIKES)] == [0]
-    assert read_all(server, cache, BIKES, "dir/b.bin") == FILES["dir/b.bin"]
-
-
-def msgspec_replace(asked: Draft, **changes: Any) -> Draft:
-    import dataclasses
-
-    return dataclasses.replace(asked, **changes)
-
-
 def test_what_a_server_cannot_hold_is_refused_before_anything_is_sent(
     server: WandbServer, cache: BlockCache, tmp_path: Path
 ) -> None:
@@ -637,22 +599,49 @@ def test_lineage(server: WandbServer, cache: BlockCache, tmp_path: Path) -> None
     assert store.run("ann", "lab", "r2").used == [made.qualified_name]
 
 
-def test_what_servers_do_not_have_says_so(server: WandbServer, cache: BlockCache) -> None:
+def test_what_servers_do_not_have_says_so(server: WandbServer, cli: Program) -> None:
     for command in ("gc", "fsck"):
-        done = afs(server, command)
-        assert done.returncode == 2 and server.url in done.stderr and "cannot be" in done.stderr, done.stderr
+        done = cli(command, code=2)
+        assert server.url in done.err and "cannot be" in done.err, done.err
 
 
-@pytest.mark.parametrize("url", ["wandb://u:p@host", "wandb://host/path", "wandb://host?x=1", "wandb://", "wandb://host:x"])
+@pytest.mark.parametrize(
+    "url",
+    ["wandb://u:p@host", "wandb://host/path", "wandb://host?x=1", "wandb://host?scheme=ftp", "wandb://:80", "wandb://host:x"],
+)
 def test_urls_that_cannot_be(url: str) -> None:
     with pytest.raises(UsageError) as caught:
         open_store(url)
     assert "p@" not in str(caught.value)
 
 
-def test_the_server_that_the_environment_names(server: WandbServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_BASE_URL", server.base + "/")
-    assert open_store("wandb://").url == server.url
+@pytest.mark.parametrize(
+    "given, url",
+    [
+        ("", "wandb://api.wandb.ai"),
+        ("http://127.0.0.1:8080/", "wandb://127.0.0.1:8080"),
+        ("https://corp.example", "wandb://corp.example"),
+        ("http://corp.example:8080", "wandb://corp.example:8080?scheme=http"),
+        ("https://localhost:9/wandb", "wandb://localhost:9?scheme=https&path=/wandb"),
+    ],
+)
+def test_the_server_that_the_environment_names_is_recorded(given: str, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a stage notes means the same server when the environment is another one."""
+    monkeypatch.setenv("WANDB_BASE_URL", given)
+    store = open_store("wandb://")
+    assert (
+        isinstance(store, WandbStore) and store.url == url and store.client.base == (given.rstrip("/") or "https://api.wandb.ai")
+    )
+    monkeypatch.setenv("WANDB_BASE_URL", "https://elsewhere.example")
+    again = open_store(store.url)
+    assert isinstance(again, WandbStore) and (again.url, again.client.base) == (url, store.client.base)
+
+
+def test_an_identity_token_is_no_key(server: WandbServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_API_KEY")
+    monkeypatch.setenv("WANDB_IDENTITY_TOKEN_FILE", "/some/token")
+    with pytest.raises(NotPermittedError, match=r"identity tokens .* are not used; set WANDB_API_KEY"):
+        open_store(server.url).version(BIKES)
 
 
 def test_how_long_urls_live() -> None:
@@ -667,44 +656,41 @@ def test_how_long_urls_live() -> None:
 # The command line, and mounts
 
 
-def afs(server: WandbServer, *command: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    environ = {**os.environ, "ARTIFACTFS_STORE": server.url, "WANDB_ENTITY": "ann", "WANDB_PROJECT": "lab"}
-    run = [sys.executable, "-m", "artifactfs.cli", *command]
-    return subprocess.run(run, env=environ, capture_output=True, text=True, timeout=60, check=False, **options)
+@pytest.fixture
+def cli(server: WandbServer, afs: Program, monkeypatch: pytest.MonkeyPatch) -> Program:
+    """The program with the server as its store."""
+    for name, value in {"ARTIFACTFS_STORE": server.url, "WANDB_ENTITY": "ann", "WANDB_PROJECT": "lab"}.items():
+        monkeypatch.setenv(name, value)
+    return afs
 
 
-def ok(done: subprocess.CompletedProcess[str]) -> str:
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_commands(server: WandbServer, tmp_path: Path) -> None:
+def test_commands(server: WandbServer, cli: Program, tmp_path: Path) -> None:
     root = write(tmp_path / "in", FILES)
-    assert ok(afs(server, "log", "bikes", str(root), "--alias", "best")).strip().endswith("bikes:v0")
-    assert json.loads(ok(afs(server, "--json", "info", "bikes:best")))["file_count"] >= 0
-    assert "a.txt" in ok(afs(server, "ls", "bikes:latest"))
-    ok(afs(server, "get", "bikes", str(tmp_path / "out")))
-    ok(afs(server, "verify", "bikes", str(tmp_path / "out")))
+    assert cli("log", "bikes", str(root), "--alias", "best").out.strip().endswith("bikes:v0")
+    assert json.loads(cli("--json", "info", "bikes:best").out)["file_count"] >= 0
+    assert "a.txt" in cli("ls", "bikes:latest").out
+    cli("get", "bikes", str(tmp_path / "out"))
+    cli("verify", "bikes", str(tmp_path / "out"))
     subprocess.run(["diff", "-r", str(root), str(tmp_path / "out")], check=True)
-    ok(afs(server, "alias", "bikes:v0", "add", "more"))
-    assert afs(server, "info", "bikes:nope").returncode == 3
+    cli("alias", "bikes:v0", "add", "more")
+    cli("info", "bikes:nope", code=3)
     server.keys = set()
-    assert afs(server, "info", "bikes").returncode == 7
+    cli("info", "bikes", code=7)
 
 
 @pytest.mark.fuse
-def test_mount_and_stage(server: WandbServer, tmp_path: Path) -> None:
+def test_mount_and_stage(server: WandbServer, cli: Program, tmp_path: Path) -> None:
     server.log_version("ann/lab/bikes", {**FILES, "large": LARGE})
     where = tmp_path / "m"
     where.mkdir()
-    ok(afs(server, "mount", "bikes:latest", str(where)))
+    cli("mount", "bikes:latest", str(where))
     try:
         assert (where / "large").read_bytes() == LARGE
         assert os.getxattr(where / "large", "user.artifactfs.verified") == b"true"
         assert sorted(str(p.relative_to(where)) for p in where.rglob("*") if p.is_file()) == sorted([*FILES, "large"])
     finally:
-        ok(afs(server, "unmount", str(where)))
-    ok(afs(server, "stage", "bikes", str(where)))
+        cli("unmount", str(where))
+    cli("stage", "bikes", str(where))
     try:
         with open(where / "large", "r+b") as file:
             file.seek(2 * BLOCK)
@@ -712,19 +698,19 @@ def test_mount_and_stage(server: WandbServer, tmp_path: Path) -> None:
         (where / "new").write_bytes(b"new")
         (where / "a.txt").unlink()
     finally:
-        assert "bikes:v1" in ok(afs(server, "unmount", str(where)))
+        assert "bikes:v1" in cli("unmount", str(where)).out
     changed = LARGE[: 2 * BLOCK] + b"changed" + LARGE[2 * BLOCK + 7 :]
     assert read_all(server, None, BIKES, "large") == changed
     assert read_all(server, None, BIKES, "new") == b"new"
     with pytest.raises(AssertionError):
         read_all(server, None, BIKES, "a.txt")
-    ok(afs(server, "mount", "ann/lab", str(where)))
+    cli("mount", "ann/lab", str(where))
     try:
         assert sorted(os.listdir(where)) == ["bikes"]
         assert (where / "bikes/v0/a.txt").read_bytes() == b"one"
         assert os.readlink(where / "bikes/latest") == "v1"
     finally:
-        ok(afs(server, "unmount", str(where)))
+        cli("unmount", str(where))
 
 
 _MILLION = """

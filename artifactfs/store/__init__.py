@@ -150,3 +150,6 @@ class Store(Protocol):
 
     def save_run(self, run: Run) -> None:
         """Create or replace a run; ``used`` and ``logged`` of a stored one are kept and merged."""
+
+    def finish_run(self, run: Run, exit_code: int) -> None:
+        """Note that a saved run ended, where the store keeps that. An exit code of 0 is success."""

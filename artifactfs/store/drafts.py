@@ -20,7 +20,8 @@ class Draft:
     ``expect_base``: fail with a ConflictError unless the collection's newest version is this number (-1: unless it has none);
     None: no condition. ``base`` is the number of the version it was derived from, for the record. ``retry``: an earlier attempt
     at this commit may have made its version. ``stored`` are contents, by id, that were stored ahead of this commit and are there.
-    ``expect_root``: fail with an IntegrityError unless the root directory has this digest. ``number``: the least that the version
+    ``expect_root``: fail with an IntegrityError unless the root directory has this digest; ``expect_digest``: unless the version
+    has this one. ``number``: the least that the version
     may have. ``since``: with ``retry``, what an earlier attempt made has a higher number. ``ttl`` None with ``inherit_ttl`` means
     the entity's, whatever that is at the time. ``notes`` is a directory of this machine to note in what arrived at a remote
     store, for the next attempt.
@@ -47,6 +48,7 @@ class Draft:
     retry: bool = False
     stored: Mapping[bytes, File] = dataclasses.field(default_factory=dict)
     expect_root: bytes = b""
+    expect_digest: str = ""
     number: int = 0
     notes: Path | None = None
     semver: str = ""

@@ -32,7 +32,7 @@ from artifactfs.forking import new_lock
 from artifactfs.model import Dir, Entry, Extent, Page, Ref, Remote, Symlink, named
 from artifactfs.names import entry_path
 from artifactfs.references.sorting import Sorted, tree_order
-from artifactfs.tree import EMPTY, MAX_ENTRY_WEIGHT, DirBuilder, Tree, weight
+from artifactfs.tree import MAX_ENTRY_WEIGHT, DirBuilder, Tree, weight
 from artifactfs.waiting import Result, about_to_wait
 
 CONTEXT = "artifactfs 2026-11 kept tree v1"
@@ -78,10 +78,8 @@ class KeptTrees:
         self._making: dict[str, Result[_Kept]] = {}
 
     def lazy(self, identity: str, size: int, files: int) -> Dir:
-        """The root directory of a version of ``files`` files of ``size`` bytes in all. What is in it is asked for when it is
-        first read; until then its page stands for that."""
-        if not files:
-            return EMPTY
+        """The root directory of a version, which its server says to have ``files`` files of ``size`` bytes in all. What is in it
+        is asked for when it is first read; until then its page stands for that."""
         id = blake3(f"{self._url}\0{identity}".encode(), derive_key_context=_LAZY_CONTEXT).digest()
         return Dir("", id, Page(id, Extent(_LAZY + identity.encode(), 0, 1)), 1, size, files, 0)
 
@@ -199,7 +197,7 @@ class KeptTrees:
             kept = self._find(identity)
             if kind == _LAZY:
                 if kept.root.page is None:
-                    raise IntegrityError(f"version {identity} of {self._url} has no files, though its server says that it has")
+                    return b""
                 page = kept.root.page
             data = os.pread(kept.file.fileno(), page.extent.length, page.extent.offset)
             if blake3(data).digest() == page.id:

@@ -556,6 +556,9 @@ class NativeStore:
                 log.warning("not listed: %s", error)
         return sorted(found, key=lambda run: (run.created_at, run.id))
 
+    def finish_run(self, run: Run, exit_code: int) -> None:
+        """Nothing: a run's record says what it did, not whether it goes on."""
+
     def save_run(self, run: Run) -> None:
         self.ensure_format()
         key = _run_key(run.entity, run.project, run.id)

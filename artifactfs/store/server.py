@@ -7,14 +7,14 @@ once (:mod:`artifactfs.store.kept`). What every server has no means for is answe
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from artifactfs.cache import BlockCache
 from artifactfs.cache.records import Records
-from artifactfs.errors import OfflineError, UsageError
-from artifactfs.model import Collection, EntitySettings, Extent, File, LinkedVersion, Ref, Remote, Run, Version
+from artifactfs.errors import NotFoundError, OfflineError, UsageError
+from artifactfs.model import Collection, Dir, EntitySettings, Extent, File, LinkedVersion, Ref, Remote, Run, Version
 from artifactfs.names import ArtifactName, is_registry
 from artifactfs.references import Source
 from artifactfs.store import LocalContent
@@ -28,6 +28,14 @@ class ArtifactServer(abc.ABC):
     ``offline`` nothing else is used. A subclass implements the abstract methods as ``store.Store`` describes them."""
 
     local = False
+    files_only = False
+    """Its versions hold files and references: no symlinks, executable bits or empty directories."""
+    semantic = False
+    """Its versions have semantic versions."""
+    expires = False
+    """Its versions may have a time to live."""
+    moves_latest = False
+    """``latest`` may be given to any version."""
 
     def __init__(self, url: str, cache: BlockCache | None, offline: bool) -> None:
         self.url = url
@@ -41,6 +49,14 @@ class ArtifactServer(abc.ABC):
     def save(self, draft: Draft, report: Report | None) -> Published:
         """Make ``draft``, which is checked, a version; for ``publish.publish`` alone, which describes it. May be repeated
         with the same draft after any failure; then no second version comes of it."""
+
+    def add_part(self, id: str, draft: Draft) -> None:
+        """Add ``draft``, which is checked, to the version that several processes make under ``id``; for ``distributed`` alone."""
+        self.cannot("make a version of parts that several processes add")
+
+    def finish(self, id: str, draft: Draft) -> Version:
+        """Add the last part, and make all of them a version; may be repeated with the same draft, as :meth:`save`."""
+        self.cannot("make a version of parts that several processes add")
 
     # What servers have
 
@@ -108,6 +124,22 @@ class ArtifactServer(abc.ABC):
     def ttl_of(self, version: Version) -> int | None:
         return version.origin.ttl
 
+    def root_of(self, version: Version) -> Dir:
+        """The root directory of a version as it is; ``version.root`` may only stand for it."""
+        return version.root
+
+    def identity(self, version: Version) -> str:
+        """What the commit of a copy of ``version`` is: the same for the same version, whoever copies it, and for no other."""
+        return version.origin.commit
+
+    def made_by(self, name: ArtifactName, commits: Iterable[str]) -> dict[str, Version]:
+        """The versions of ``name`` that were made by those of ``commits`` that made one which is there, by commit."""
+        wanted = set(commits)
+        try:
+            return {version.commit: version for version in self.versions(name) if version.commit in wanted}
+        except NotFoundError:
+            return {}
+
     # What contents of a server are not
 
     def local_content(self, file: File) -> LocalContent | None:
@@ -163,6 +195,9 @@ class ArtifactServer(abc.ABC):
 
     def save_run(self, run: Run) -> None:
         self.cannot("keep runs of artifactfs")
+
+    def finish_run(self, run: Run, exit_code: int) -> None:  # noqa: B027 - most servers need nothing here
+        """Nothing, where a server does not keep whether a run goes on."""
 
     # For subclasses
 

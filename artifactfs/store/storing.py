@@ -1,23 +1,27 @@
 """Local files become stored contents: small ones in packs, large ones as blobs or as extents of an older content and a new one.
 
 A commit uses it for its new files (``upload.py``), and a stage to store what was closed ahead of its commit. Each file is read
-once; the segments of a large one are read and hashed by workers, a little ahead of the writing.
+once; the segments of a large one are read and hashed by workers, a little ahead of the writing. What another store has is read
+from there in the same way, and compared with what that knows of it.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import dataclasses
 import errno
+import functools
 import os
 import stat
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, MutableMapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
 
 from artifactfs.content import MAX_CONTENT, Checksum, Fingerprint, block_digest, content_id, fingerprint
-from artifactfs.errors import ConflictError, UsageError, from_os_error
-from artifactfs.model import BLOCK, File
+from artifactfs.errors import ConflictError, IntegrityError, UsageError, from_os_error
+from artifactfs.model import BLAKE3, BLOCK, File, Remote
 from artifactfs.pack import PackWriter
 from artifactfs.store.large import LargeContent
 from artifactfs.store.native import NativeStore
@@ -41,6 +45,63 @@ class NewFile:
     base: File | None = None
     changed: frozenset[int] = frozenset()
     read_base: Callable[[int, int], bytes] | None = None
+
+
+class Content(Protocol):
+    """An open content of another store."""
+
+    def read(self, offset: int, size: int) -> bytes:
+        """``size`` bytes from ``offset``, fewer only at the end."""
+
+    def close(self) -> None: ...
+
+
+class Contents(Protocol):
+    """The contents of a version of another store. Threads may share it."""
+
+    def open(self, path: str) -> Content:
+        """The content at ``path``."""
+
+    def where(self, path: str) -> str:
+        """What to call that in messages."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Streamed:
+    """A file of another store, whose bytes are read from there when they are stored, maybe more than once. ``file`` is what that
+    store knows of it, ``path`` where it is among ``contents``."""
+
+    file: File
+    path: str
+    contents: Contents
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return self.file.size
+
+    @property
+    def executable(self) -> bool:
+        """Whether it is."""
+        return self.file.executable
+
+    @property
+    def id(self) -> bytes:
+        """Its content id, b"" where the other store does not know that."""
+        if not isinstance(self.file, Remote):
+            return self.file.id
+        return base64.b64decode(self.file.checksum) if self.file.checksum and self.file.algorithm == BLAKE3 else b""
+
+    def opened(self) -> Content:
+        """Its bytes."""
+        return self.contents.open(self.path)
+
+    def wrong(self) -> IntegrityError:
+        """What to raise if they are not what the other store says."""
+        return IntegrityError(
+            f"{self.contents.where(self.path)} is not what was recorded: it has another size or {self.file.algorithm}; "
+            "it is not copied"
+        )
 
 
 class Storing:
@@ -82,7 +143,7 @@ class Storing:
         found = read_small(new.path, self._algorithm)
         return self.large(new, prior) if found is None else self.small(new, *found, prior)
 
-    def small(self, new: NewFile, data: bytes, found: Fingerprint, prior: File | None) -> File:
+    def small(self, new: NewFile | Streamed, data: bytes, found: Fingerprint, prior: File | None) -> File:
         """A file that was read already. ``prior``: what it may be the same as."""
         known = prior if prior is not None and prior.id == found.id else self._known(found.id) if data else None
         if known is None and data:
@@ -97,7 +158,7 @@ class Storing:
         """A staged file of which only some blocks are local."""
         with _opened(new.path) as (fd, size):
             if size > BLOCK:
-                return self._store_large(new, fd, size, base, new.changed)
+                return self._store_large(_Local(fd, size, new), base, new.changed)
             local = 0 in new.changed or not size
             data = _pread(fd, size, 0, new.path) if local else _read_base(new, 0, size)
         return self.small(new, data, fingerprint(data, self._algorithm), None)
@@ -105,21 +166,30 @@ class Storing:
     def large(self, new: NewFile, prior: File | None) -> File:
         """A file of more than one block; those that ``prior`` has at the same place are not stored again."""
         with _opened(new.path) as (fd, size):
-            return self._store_large(new, fd, size, prior, None)
+            return self._store_large(_Local(fd, size, new), prior, None)
 
-    def _store_large(self, new: NewFile, fd: int, size: int, prior: File | None, changed: frozenset[int] | None) -> File:
+    def streamed(self, new: Streamed, read: tuple[bytes, Fingerprint] | None, prior: File | None) -> File:
+        """A file of another store; ``read`` is what :func:`read_streamed` gave of it. IntegrityError."""
+        if read is not None:
+            return self.small(new, *read, prior)
+        with contextlib.closing(new.opened()) as content:
+            return self._store_large(_Elsewhere(content, new), prior, None)
+
+    def _store_large(self, source: _Local | _Elsewhere, prior: File | None, changed: frozenset[int] | None) -> File:
         """``changed``: the blocks to read, None for all; the others are those of ``prior``."""
+        new, size = source.new, source.size
         if size > MAX_CONTENT:
             raise UsageError(f"{new.path} has {size} bytes; a file in a version has at most {MAX_CONTENT}")
-        content = LargeContent(self._store, prior, _Again(fd, new.path).read if not self._store.local else None)
-        checksum = Checksum(self._algorithm)
+        content = LargeContent(self._store, prior, source.again() if not self._store.local else None)
+        checksum = Checksum(self._algorithm if isinstance(new, NewFile) else new.file.algorithm)
         try:
-            with contextlib.closing(self._segments(new.path, fd, size, changed)) as segments:
+            with contextlib.closing(self._segments(source, changed)) as segments:
                 for start, data, digests in segments:
                     if data is None:
                         length = min(BLOCK, size - start)
                         content.keep(length)
                         if checksum.needed:
+                            assert isinstance(new, NewFile)
                             checksum.update(_read_base(new, start, length))
                         continue
                     checksum.update(data)
@@ -127,7 +197,9 @@ class Storing:
                         content.take(memoryview(data)[at * BLOCK : (at + 1) * BLOCK], digest)
                     self._read(0, len(data))
             id = content_id(size, bytes(content.digests))
-            found = Fingerprint(id, size, bytes(content.digests), self._algorithm, checksum.finish())
+            found = Fingerprint(id, size, bytes(content.digests), checksum.algorithm, checksum.finish())
+            if isinstance(new, Streamed):
+                _compare(new, found)
             known = prior if prior is not None and prior.id == id else self._known(id)
             if known is None:
                 extents, table = content.finish(self._packs)
@@ -140,13 +212,13 @@ class Storing:
         return _placed(found, new.executable, known)
 
     def _segments(
-        self, path: str, fd: int, size: int, changed: frozenset[int] | None
+        self, source: _Local | _Elsewhere, changed: frozenset[int] | None
     ) -> Generator[tuple[int, bytes | None, list[bytes]]]:
         """(offset, bytes, block digests) in order, read and hashed ahead by the workers; bytes None for a block not to read."""
         window: deque[tuple[int, Future[tuple[bytes, list[bytes]]] | None]] = deque()
         try:
-            for offset, length, local in _plan(size, changed):
-                window.append((offset, self._pool.submit(_read_segment, path, fd, offset, length) if local else None))
+            for offset, length, local in _plan(source.size, changed):
+                window.append((offset, self._pool.submit(_read_segment, source, offset, length) if local else None))
                 while len(window) > self._ahead:
                     yield _finished(*window.popleft())
             while window:
@@ -174,11 +246,76 @@ def read_batch(paths: Sequence[str], algorithm: str) -> list[tuple[bytes, Finger
     return [read_small(path, algorithm) for path in paths]
 
 
+def read_streamed(new: Streamed) -> tuple[bytes, Fingerprint]:
+    """The bytes of a small file of another store and their fingerprint. IntegrityError if they are not what it should be."""
+    with contextlib.closing(new.opened()) as content:
+        data = content.read(0, new.size) if new.size else b""
+    found = fingerprint(data, new.file.algorithm)
+    _compare(new, found)
+    return data, found
+
+
+def _compare(new: Streamed, found: Fingerprint) -> None:
+    """IntegrityError unless what was read is what the other store says, as far as it says anything."""
+    if found.size != new.size or new.file.digest not in ("", found.digest):
+        raise new.wrong()
+
+
 def _placed(found: Fingerprint, executable: bool, known: File | None) -> File:
     """The entry of a content that lies where ``known`` does; None for the empty content, which lies nowhere."""
     extents, blocks, table = (known.extents, known.blocks, known.table) if known is not None else ((), None, None)
     algorithm = found.algorithm
     return File("", found.size, executable, found.id, extents, blocks, algorithm, found.checksum, table)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Local:
+    """An open local file of more than one block."""
+
+    fd: int
+    size: int
+    new: NewFile
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Exactly ``size`` bytes. ConflictError."""
+        return _pread(self.fd, size, offset, self.new.path)
+
+    def again(self) -> Callable[[int, int], bytes]:
+        """What reads it later."""
+        return _Again(self.fd, self.new.path).read
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Elsewhere:
+    """An open content of another store, of more than one block."""
+
+    content: Content
+    new: Streamed
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return self.new.size
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Exactly ``size`` bytes. IntegrityError."""
+        return _read_exactly(self.content, self.new, offset, size)
+
+    def again(self) -> Callable[[int, int], bytes]:
+        """What reads it later."""
+        return functools.partial(_read_anew, self.new)
+
+
+def _read_exactly(content: Content, new: Streamed, offset: int, size: int) -> bytes:
+    data = content.read(offset, size)
+    if len(data) != size:
+        raise new.wrong()
+    return data
+
+
+def _read_anew(new: Streamed, offset: int, size: int) -> bytes:
+    with contextlib.closing(new.opened()) as content:
+        return _read_exactly(content, new, offset, size)
 
 
 class _Again:
@@ -215,8 +352,8 @@ def _finished(offset: int, future: Future[tuple[bytes, list[bytes]]] | None) -> 
     return offset, data, digests
 
 
-def _read_segment(path: str, fd: int, offset: int, length: int) -> tuple[bytes, list[bytes]]:
-    data = _pread(fd, length, offset, path)
+def _read_segment(source: _Local | _Elsewhere, offset: int, length: int) -> tuple[bytes, list[bytes]]:
+    data = source.read(offset, length)
     view = memoryview(data)
     return data, [block_digest(view[at : at + BLOCK]) for at in range(0, length, BLOCK)]
 

@@ -1,7 +1,8 @@
 """What a commit stores: local files become contents, folders become pages, everything in walk order.
 
 Each file is read once. Workers read and hash small files in batches, and the segments of large ones; the calling thread walks
-the folder, finds what is stored already, fills packs and builds pages. Nothing is durable before :meth:`Upload.flush`.
+the folder, finds what is stored already, fills packs and builds pages. Files of another store are read from there by workers of
+their own: they mostly wait. Nothing is durable before :meth:`Upload.flush`.
 
 What is not stored again: a content this commit has already stored; one that the collection's newest version has, at the same
 path or at any other; and of a large file, the blocks that the newest version's file of that path (or ``NewFile.base``) has at
@@ -25,21 +26,25 @@ from blake3 import blake3
 
 from artifactfs.content import Fingerprint
 from artifactfs.errors import InvalidNameError, UsageError
-from artifactfs.model import BLAKE3, Dir, Entry, File, Page, Ref, Remote, Symlink, Version, named
+from artifactfs.model import BLAKE3, BLOCK, Dir, Entry, File, Page, Ref, Remote, Symlink, Version, named
 from artifactfs.names import check_part
 from artifactfs.pack import PackWriter
 from artifactfs.store.arrived import Arrived
 from artifactfs.store.native import NativeStore
-from artifactfs.store.storing import NewFile, Storing, read_batch
+from artifactfs.store.storing import NewFile, Storing, Streamed, read_batch, read_streamed
 from artifactfs.tree import MAX_ENTRY_WEIGHT, DirUpdate, Tree, weight
 
-__all__ = ["Change", "Folder", "Index", "NewFile", "NewRef", "Progress", "Report", "Upload", "check_entry"]
+__all__ = ["Change", "Folder", "Index", "NewFile", "NewRef", "Progress", "Report", "Streamed", "Upload", "check_entry"]
 
 _BATCH = 16
 """Files that a worker reads at a time: a future costs about as much as a small file does."""
 _WORKERS = max(2, min(8, os.cpu_count() or 2))
 _AHEAD = 2 * _WORKERS
 """Batches and segments under way: bounds memory to so many times 16 MiB at worst."""
+_FETCHERS = 16
+"""Small files of another store that are read at once: each is a round trip."""
+_FETCHES = 64
+"""Those read ahead: 64 MiB at worst."""
 _MAX_WINDOW = 4096
 """Steps of the walk looked at ahead, where there are no files to read."""
 _RUN = 1 << 20
@@ -67,8 +72,9 @@ class Folder(Protocol):
         """(name, change), in ascending order of the names' UTF-8 bytes, each name once."""
 
 
-Change: TypeAlias = "File | Dir | Symlink | Ref | NewFile | NewRef | Folder | None"
-"""An entry is taken as it is (its own name is ignored); NewFile is stored; Folder is built; None deletes the name."""
+Change: TypeAlias = "File | Dir | Symlink | Ref | NewFile | NewRef | Streamed | Folder | None"
+"""An entry is taken as it is (its own name is ignored); NewFile and Streamed are stored; Folder is built; None deletes the
+name."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -86,6 +92,7 @@ Report: TypeAlias = Callable[[Progress], None]
 _ENCODE = msgspec.msgpack.Encoder().encode
 
 _Batch: TypeAlias = "Future[list[tuple[bytes, Fingerprint] | None]]"
+_Fetch: TypeAlias = "Future[tuple[bytes, Fingerprint]]"
 _Kind = TypeVar("_Kind", Dir, File, Ref)
 _AnyEntry = TypeVar("_AnyEntry", bound=Entry)
 
@@ -98,6 +105,7 @@ class _Token:
     change: Change
     batch: _Batch | None = None
     at: int = 0
+    fetch: _Fetch | None = None
 
 
 @dataclasses.dataclass(slots=True)
@@ -133,14 +141,15 @@ class Upload:
         self._stored = dict(stored or {})
         self._index = Index(store.tree, self._newest)
         self._storing = Storing(store, self._contents, self._pool, _AHEAD, algorithm, self._stored, self._find, self._count)
-        self._ahead = _Ahead(iter(()), self._pool, algorithm)
+        self._fetchers = ThreadPoolExecutor(_FETCHERS, thread_name_prefix="fetch")
+        self._ahead = _Ahead(iter(()), self._pool, self._fetchers, algorithm)
         if arrived is not None:
             packed = self._storing.packed = {}
             self._contents.written = lambda object: arrived.add(object, packed.pop(object, []))
 
     def build(self, folder: Folder) -> Dir:
         """``folder`` as a stored directory named ""; not durable yet."""
-        self._ahead = _Ahead(_walk(folder), self._pool, self._algorithm)
+        self._ahead = _Ahead(_walk(folder), self._pool, self._fetchers, self._algorithm)
         levels = [self._level("", folder, self._newest)]
         while True:
             token = self._ahead.next()
@@ -150,7 +159,7 @@ class Upload:
                 if not levels:
                     return built
                 levels[-1].update.change(level.name, built)
-            elif isinstance(token.change, (NewFile, NewRef, File, Dir, Symlink, Ref, NoneType)):
+            elif isinstance(token.change, (NewFile, NewRef, Streamed, File, Dir, Symlink, Ref, NoneType)):
                 level.update.change(token.name, self._entry(token, level))
             else:
                 levels.append(self._level(token.name, token.change, self._twin(level, token.name, Dir)))
@@ -165,6 +174,7 @@ class Upload:
     def close(self) -> None:
         """Forget what was not flushed and end the threads. Idempotent."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+        self._fetchers.shutdown(wait=True, cancel_futures=True)
         self._contents.close()
         self._pages.close()
 
@@ -186,6 +196,9 @@ class Upload:
         if isinstance(change, NewRef):
             ref = check_entry(msgspec.structs.replace(change.ref, name=token.name))
             return self._reference(ref, change.block_list, self._twin(level, token.name, Ref))
+        if isinstance(change, Streamed):
+            read = self._ahead.fetched(token) if token.fetch is not None else None
+            return self._storing.streamed(change, read, self._twin(level, token.name, File))
         if not isinstance(change, NewFile):
             return None
         if change.base is not None:
@@ -221,9 +234,11 @@ class Upload:
 class _Ahead:
     """Walks a folder a little ahead, so that workers read its small files while the caller is busy with those before."""
 
-    def __init__(self, tokens: Iterator[_Token], pool: ThreadPoolExecutor, algorithm: str) -> None:
+    def __init__(self, tokens: Iterator[_Token], pool: ThreadPoolExecutor, fetchers: ThreadPoolExecutor, algorithm: str) -> None:
         self._tokens = tokens
         self._pool = pool
+        self._fetchers = fetchers
+        self._fetches: deque[_Fetch] = deque()
         self._algorithm = algorithm
         self._window: deque[_Token] = deque()
         self._unsent: list[_Token] = []
@@ -232,12 +247,20 @@ class _Ahead:
 
     def next(self) -> _Token:
         """The next step of the walk; the last one ends the root folder."""
-        while not self._exhausted and len(self._batches) < _AHEAD and len(self._window) < _MAX_WINDOW:
+        while (
+            not self._exhausted
+            and len(self._batches) < _AHEAD
+            and len(self._fetches) < _FETCHES
+            and len(self._window) < _MAX_WINDOW
+        ):
             token = next(self._tokens, None)
             if token is None:
                 self._exhausted = True
                 break
             self._window.append(token)
+            if isinstance(token.change, Streamed) and token.change.size <= BLOCK:
+                token.fetch = self._fetchers.submit(read_streamed, token.change)
+                self._fetches.append(token.fetch)
             if isinstance(token.change, NewFile) and token.change.base is None:
                 self._unsent.append(token)
                 if len(self._unsent) == _BATCH:
@@ -258,11 +281,20 @@ class _Ahead:
         result, batch[token.at] = batch[token.at], None
         return result
 
+    def fetched(self, token: _Token) -> tuple[bytes, Fingerprint]:
+        """The same of a small file of another store. Once a token, in their order."""
+        fetch = self._fetches.popleft()
+        assert fetch is token.fetch
+        token.fetch = None
+        return fetch.result()
+
     def outstanding(self) -> set[bytes] | None:
         """The ids of all small files still to come, if the walk has seen them all; else None."""
         if not self._exhausted:
             return None
-        return {small[1].id for batch in self._batches for small in batch.result() if small is not None}
+        return {fetch.result()[1].id for fetch in self._fetches} | {
+            small[1].id for batch in self._batches for small in batch.result() if small is not None
+        }
 
     def _send(self) -> None:
         if not self._unsent:
@@ -367,5 +399,5 @@ def _walk(folder: Folder) -> Iterator[_Token]:
             continue
         check_part(name)
         yield _Token(name, change)
-        if not isinstance(change, (NewFile, NewRef, File, Dir, Symlink, Ref, NoneType)):
+        if not isinstance(change, (NewFile, NewRef, Streamed, File, Dir, Symlink, Ref, NoneType)):
             stack.append(change.changes())

@@ -45,7 +45,7 @@ from artifactfs.store.comet.client import CometClient, Handshake, UnknownOutcome
 from artifactfs.store.comet.words import MAX_SIDECAR, SIDECAR, decode_sidecar
 from artifactfs.store.drafts import Draft
 from artifactfs.store.semvers import NEXT
-from artifactfs.store.upload import Change, Folder, NewFile, NewRef, Progress, Report
+from artifactfs.store.upload import Change, Folder, NewFile, NewRef, Progress, Report, Streamed
 from artifactfs.tree import Tree
 
 DEFAULT_TYPE = "dataset"
@@ -57,7 +57,7 @@ _ASSET_CONTEXT = "artifactfs 2026-11 comet asset id v1"
 
 log = logging.getLogger(__name__)
 
-Leaf: TypeAlias = "NewFile | NewRef | File | Ref | Symlink | None"
+Leaf: TypeAlias = "NewFile | NewRef | Streamed | File | Ref | Symlink | None"
 """What is at a path; None is an empty directory."""
 
 
@@ -81,7 +81,7 @@ class Item:
     def same_as(self, entry: Entry | None) -> bool:
         """Whether a version has this already."""
         leaf = self.leaf
-        if isinstance(leaf, (NewFile, File)) and isinstance(entry, Remote):
+        if isinstance(leaf, (NewFile, Streamed, File)) and isinstance(entry, Remote):
             known = bool(self.id) and self.id == known_id(entry)
             kept = isinstance(leaf, Remote) and leaf.id == entry.id and leaf.locator == entry.locator
             return (known or kept) and leaf.executable == entry.executable
@@ -123,17 +123,20 @@ def list_items(store: Opened, draft: Draft, report: Report | None) -> Listing:
     items: dict[str, Item] = {}
     told: dict[str, dict[str, Any]] = {}
     with ThreadPoolExecutor(_WORKERS, thread_name_prefix="comet") as pool:
-        pending: list[tuple[str, NewFile, Future[Fingerprint]]] = []
+        pending: list[tuple[str, NewFile | Streamed, Future[Fingerprint]]] = []
+
+        def count(size: int) -> None:
+            progress.files += 1
+            progress.bytes += size
+            if report is not None:
+                report(progress)
 
         def settle(most: int) -> None:
             while len(pending) > most:
                 path, new, found = pending.pop(0)
                 fingerprint = found.result()
                 items[path] = Item(path, new, fingerprint.id, fingerprint.size)
-                progress.files += 1
-                progress.bytes += fingerprint.size
-                if report is not None:
-                    report(progress)
+                count(fingerprint.size)
 
         for path, leaf in _leaves(store.tree, draft.folder, ""):
             if path == SIDECAR:
@@ -143,6 +146,12 @@ def list_items(store: Opened, draft: Draft, report: Report | None) -> Listing:
                     raise UsageError(f"{path!r} is only partly here; Comet takes whole files")
                 pending.append((path, leaf, pool.submit(_fingerprint, leaf.path)))
                 settle(_AHEAD)
+            elif isinstance(leaf, Streamed) and not leaf.id:
+                pending.append((path, leaf, pool.submit(_fingerprint_there, leaf)))
+                settle(_AHEAD)
+            elif isinstance(leaf, Streamed):
+                items[path] = Item(path, leaf, leaf.id, leaf.size)
+                count(leaf.size)
             else:
                 size = max(leaf.size, 0) if isinstance(leaf, File) else 0
                 items[path] = Item(path, leaf, known_id(leaf) if isinstance(leaf, Remote) else b"", size)
@@ -160,7 +169,7 @@ def _leaves(tree: Tree, folder: Folder, prefix: str) -> Iterator[tuple[str, Leaf
         path = prefix + name
         if isinstance(change, Dir):
             yield from _stored_leaves(tree, change, path)
-        elif isinstance(change, (NewFile, NewRef, File, Ref, Symlink)):
+        elif isinstance(change, (NewFile, NewRef, Streamed, File, Ref, Symlink)):
             yield path, change
         else:
             yield from _leaves(tree, change, f"{path}/")
@@ -202,6 +211,8 @@ def metadata_from(store: Opened, leaf: Leaf) -> dict[str, dict[str, Any]]:
                 data = file.read(MAX_SIDECAR + 1)
         except OSError as error:
             raise from_os_error(error, f"reading {leaf.path}") from None
+    elif isinstance(leaf, Streamed) and leaf.size <= MAX_SIDECAR:
+        data = b"".join(_there(leaf, b""))
     elif isinstance(leaf, Remote) and leaf.size <= MAX_SIDECAR:
         data = b"".join(store.source(leaf).fetch(0, leaf.size))
     else:
@@ -342,6 +353,8 @@ class Saving:
 
         if isinstance(leaf, NewFile):
             upload(item.size, lambda: _local(leaf.path, item), assets.describe(item.id, leaf.executable, metadata))
+        elif isinstance(leaf, Streamed):
+            upload(item.size, lambda: _there(leaf, item.id), assets.describe(item.id, leaf.executable, metadata))
         elif isinstance(leaf, Symlink):
             target = leaf.target.encode()
             upload(len(target), lambda: iter((target,)), assets.describe_symlink(leaf.target))
@@ -451,6 +464,39 @@ def _fingerprint(path: str) -> Fingerprint:
             return _fingerprint_of(file)
     except OSError as error:
         raise from_os_error(error, f"reading {path}") from None
+
+
+def _fingerprint_there(new: Streamed) -> Fingerprint:
+    """Of a file of another store. IntegrityError unless it is what that says."""
+    hasher = Hasher(new.file.algorithm)
+    for piece in _blocks_there(new):
+        hasher.block(piece)
+    found = hasher.finish()
+    if found.size != new.size or new.file.digest not in ("", found.digest):
+        raise new.wrong()
+    return found
+
+
+def _there(new: Streamed, id: bytes) -> Iterator[bytes]:
+    """The bytes of a file of another store. IntegrityError, before the last of them, if they are not those of ``id``."""
+    hasher = Hasher()
+    held = b""
+    for piece in _blocks_there(new):
+        if held:
+            yield held
+        hasher.block(piece)
+        held = piece
+    found = hasher.finish()
+    if found.size != new.size or id not in (b"", found.id):
+        raise new.wrong()
+    if held:
+        yield held
+
+
+def _blocks_there(new: Streamed) -> Iterator[bytes]:
+    with contextlib.closing(new.opened()) as content:
+        for offset in range(0, new.size, BLOCK):
+            yield content.read(offset, min(BLOCK, new.size - offset))
 
 
 def _fingerprint_of(file: IO[bytes]) -> Fingerprint:

@@ -85,6 +85,8 @@ _R = TypeVar("_R")
 class CometStore(ArtifactServer):
     """The artifacts of the server that ``url`` names."""
 
+    semantic = True
+
     def __init__(self, url: str, cache: BlockCache | None = None, offline: bool = False, deadline: float = DEADLINE) -> None:
         """UsageError for a URL that cannot be right. Makes no connection."""
         self.client = CometClient(server_of(url), deadline)

@@ -1,12 +1,13 @@
 """One W&B server: its URL, the caller's key, GraphQL.
 
-The key is looked up anew for each request (``WANDB_API_KEY``, then netrc, whose machine is the host with its port), so that one
-that was renewed counts at once. It goes to the server's own URLs only, never into a message.
+The key is looked up anew for each request (``WANDB_API_KEY``, then netrc, whose machine is the host with its port, then W&B's
+settings files), so that one that was renewed counts at once. It goes to the server's own URLs only, never into a message.
 """
 
 from __future__ import annotations
 
 import base64
+import configparser
 import contextlib
 import json
 import netrc
@@ -27,6 +28,9 @@ from artifactfs.waiting import about_to_wait
 _MOST = 256 << 20
 """Bytes of an answer: the URLs of 5,000 files have ten megabytes."""
 _PAGES = 100_000
+_CLOUD = "https://api.wandb.ai"
+_SCHEMES = ("http", "https")
+_RETRIED = frozenset({409, 507, 509, *range(520, 528), 529, 530})  # besides the usual ones: what gateways answer
 _LOOPBACK = re.compile(r"localhost|127(\.[0-9]+){3}|\[?::1\]?", re.IGNORECASE)
 _REFUSED = re.compile(r"permission denied|not authorized|unauthorized|forbidden|access denied|not permitted", re.IGNORECASE)
 _MISSING = re.compile(r"not found|does not exist|no such", re.IGNORECASE)
@@ -37,39 +41,80 @@ Node = dict[str, Any]
 
 def base_url(url: str) -> str:
     """The base URL of the server that ``url``, ``wandb://[host[:port]]``, means: plain HTTP on this machine, TLS elsewhere, or
-    what ``WANDB_BASE_URL`` says of that host. UsageError for a URL that cannot be right."""
-    given = os.environ.get("WANDB_BASE_URL", "").strip().rstrip("/")
+    what ``WANDB_BASE_URL`` or W&B's settings file says of that host; without a host they name the server, or else it is W&B's
+    own. ``scheme`` and ``path`` behind a ``?`` say it for good. UsageError for a URL that cannot be right."""
+    given = _given_url() or _setting("base_url").rstrip("/") or _CLOUD
     try:
         parts, known = urllib.parse.urlsplit(url), urllib.parse.urlsplit(given)
         host, user, port = parts.hostname, parts.username, parts.port
         known_host = known.hostname
+        options = dict(urllib.parse.parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query)))
     except ValueError:
         raise UsageError("the store's URL is not valid; write wandb://host[:port]") from None
     if user is not None or known.username is not None:
         raise UsageError("a W&B server's URL has no user or key in it; set WANDB_API_KEY, or put the key into ~/.netrc")
-    if parts.query or parts.fragment or parts.path not in ("", "/"):
-        raise UsageError(f"store wandb://{parts.netloc} takes no path and no options; write wandb://host[:port]")
-    if known.scheme in ("http", "https") and known_host and parts.netloc in ("", known.netloc):
-        return given
+    scheme, path = options.pop("scheme", ""), options.pop("path", "")
+    if options or parts.fragment or parts.path not in ("", "/") or scheme not in ("", *_SCHEMES) or (path and path[0] != "/"):
+        raise UsageError(
+            f"store wandb://{parts.netloc} takes no path, and no options but scheme=http or https, path=/…; write wandb://host[:port]"
+        )
+    if parts.netloc in ("", known.netloc) and not scheme and not path:
+        if known.scheme in _SCHEMES and known_host:
+            return given
+        if not host:
+            raise UsageError("WANDB_BASE_URL is no URL of a server; write https://host, or name it: wandb://host[:port]")
     if not host:
-        raise UsageError("store wandb:// names no server; write wandb://host[:port], or set WANDB_BASE_URL")
+        raise UsageError("store wandb:// names no server; write wandb://host[:port]")
     if port == 0:
         raise UsageError(f"store {url} has a port that cannot be")
-    return f"{'http' if _LOOPBACK.fullmatch(host) else 'https'}://{parts.netloc}"
+    return f"{scheme or _usual_scheme(host)}://{parts.netloc}{path.rstrip('/')}"
+
+
+def store_url(base: str) -> str:
+    """The ``wandb://`` URL that means the server at ``base``, whatever the environment says later."""
+    parts = urllib.parse.urlsplit(base)
+    options = {"scheme": parts.scheme if parts.scheme != _usual_scheme(parts.hostname or "") else "", "path": parts.path}
+    query = urllib.parse.urlencode({name: value for name, value in options.items() if value}, safe="/")
+    return f"wandb://{parts.netloc}" + (f"?{query}" if query else "")
+
+
+def _usual_scheme(host: str) -> str:
+    return "http" if _LOOPBACK.fullmatch(host) else "https"
 
 
 def api_key(netloc: str) -> str:
     """The caller's key for the server; "" if there is none."""
-    key = os.environ.get("WANDB_API_KEY", "").strip()
-    if key:
-        return key
+    return os.environ.get("WANDB_API_KEY", "").strip() or _netrc_key(netloc) or _setting("api_key", netloc)
+
+
+def _netrc_key(netloc: str) -> str:
     named = os.environ.get("NETRC")
-    for path in [Path(named)] if named else [Path.home() / ".netrc", Path.home() / "_netrc"]:
+    for path in [Path(named).expanduser()] if named else [Path.home() / ".netrc", Path.home() / "_netrc"]:
         with contextlib.suppress(OSError, netrc.NetrcParseError, UnicodeDecodeError):
-            found = netrc.netrc(str(path)).hosts.get(netloc)
-            if found is not None:
-                return found[2] or ""
+            hosts = netrc.netrc(str(path)).hosts
+            found = hosts.get(netloc) or next((it for host, it in hosts.items() if host.lower() == netloc.lower()), None)
+            if found is not None and found[2]:
+                return found[2]
     return ""
+
+
+def _setting(name: str, netloc: str = "") -> str:
+    """What the user's W&B settings file says; with ``netloc`` only if it is about that server. The settings of the working
+    directory are not looked at: whoever made that directory must not learn the key."""
+    folder = os.environ.get("WANDB_CONFIG_DIR") or str(Path.home() / ".config" / "wandb")
+    parser = configparser.ConfigParser(interpolation=None)
+    with contextlib.suppress(OSError, configparser.Error, UnicodeDecodeError):
+        parser.read_string(Path(folder, "settings").read_text())
+    if not parser.has_section("default"):
+        return ""
+    about = parser.get("default", "base_url", fallback="").strip() or _given_url() or _CLOUD
+    if netloc and urllib.parse.urlsplit(about).netloc != netloc:
+        return ""
+    return parser.get("default", name, fallback="").strip()
+
+
+def _given_url() -> str:
+    return os.environ.get("WANDB_BASE_URL", "").strip().rstrip("/")
 
 
 class Client:
@@ -82,14 +127,33 @@ class Client:
         parts = urllib.parse.urlsplit(base)
         self.netloc = parts.netloc
         self._origin = (parts.scheme, parts.netloc)
+        self._closed = False  # whether the URLs of its own that it gives out were seen to need the key
+
+    def ways(self, url: str) -> Iterator[dict[str, str]]:
+        """What to send with a request for ``url``, which the server gave out: nothing, as such a URL is good in itself; and if
+        that is refused the key, where the URL is the server's own and not signed."""
+        plain = dict(http.OWN_CREDENTIALS)
+        parts = urllib.parse.urlsplit(url)
+        if (parts.scheme, parts.netloc) != self._origin or is_signed(url):
+            yield plain
+            return
+        if not self._closed:
+            yield plain
+            self._closed = True
+        yield self.headers(url)
 
     def headers(self, url: str) -> dict[str, str]:
-        """What to send with a request for ``url``: the key, where that is the server's own and not signed."""
+        """What to send with a request for ``url`` that needs the key: that, where the URL is the server's own."""
         parts = urllib.parse.urlsplit(url)
         sent = dict(http.OWN_CREDENTIALS)
-        if (parts.scheme, parts.netloc) == self._origin and not is_signed(url):
+        if (parts.scheme, parts.netloc) == self._origin:
             key = api_key(self.netloc)
             if not key:
+                if os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+                    raise NotPermittedError(
+                        f"there is no API key for {self.netloc}, and identity tokens (WANDB_IDENTITY_TOKEN_FILE) are not used; "
+                        "set WANDB_API_KEY"
+                    )
                 raise NotPermittedError(
                     f"there is no API key for {self.netloc}; set WANDB_API_KEY, or `machine {self.netloc}` in ~/.netrc"
                 )
@@ -110,13 +174,13 @@ class Client:
         body = json.dumps({"query": document, "variables": variables, "operationName": name}).encode()
         headers = {**self.headers(url), "Content-Type": "application/json"}
         about_to_wait()
-        answer = http.exchange("POST", url, headers, lambda: body, self.deadline, _MOST)
+        answer = http.exchange("POST", url, headers, lambda: body, self.deadline, _MOST, _RETRIED)
         if answer.status in (401, 403):
             raise NotPermittedError(
                 f"{self.netloc} does not accept your API key ({answer.status}); check WANDB_API_KEY or ~/.netrc"
             )
         try:
-            found = msgspec.json.decode(answer.body)
+            found = msgspec.json.decode(http.decoded(answer, _MOST))
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             found = None
         if not isinstance(found, dict):
@@ -136,12 +200,23 @@ class Client:
             connection = find(self.ask(document, cursor=cursor, **variables))
             if not isinstance(connection, dict):
                 return
-            yield from (edge for edge in connection.get("edges") or () if isinstance(edge, dict))
-            info = connection.get("pageInfo") or {}
-            last, cursor = cursor, info.get("endCursor")
-            if not info.get("hasNextPage") or not cursor or cursor == last:
+            yield from edges_of(connection)
+            cursor = next_page(connection, cursor)
+            if cursor is None:
                 return
         raise CommError(f"{self.netloc} has no end of pages")
+
+
+def edges_of(connection: object) -> list[Node]:
+    """The edges of a connection; none of what is none."""
+    found = dig(connection, "edges")
+    return [edge for edge in found if isinstance(edge, dict)] if isinstance(found, list) else []
+
+
+def next_page(connection: object, cursor: object) -> object:
+    """The cursor behind a page that was asked for with ``cursor``; None behind the last one."""
+    following = dig(connection, "pageInfo", "endCursor")
+    return following if dig(connection, "pageInfo", "hasNextPage") is True and following and following != cursor else None
 
 
 def is_signed(url: str) -> bool:

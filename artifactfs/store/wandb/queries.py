@@ -44,7 +44,7 @@ VERSIONS = f"""query ProjectArtifacts($entity: String!, $project: String!, $type
     $perPage: Int = 100, $order: String, $filters: JSONString) {{
   project(entityName: $entity, name: $project) {{ artifactType(name: $type) {{ artifactCollection(name: $collection) {{
     __typename artifacts(after: $cursor, first: $perPage, order: $order, filters: $filters) {{
-      {_PAGE} edges {{ version node {{ {_FIELDS} }} }} }} }} }} }} }}"""
+      {_PAGE} edges {{ version node {{ {_FIELDS} {_MADE_BY} }} }} }} }} }} }} }}"""
 
 LINKED = f"""query FetchLinkedArtifacts($artifactID: ID!) {{ artifact(id: $artifactID) {{ artifactMemberships {{ edges {{ node {{
   versionIndex createdAt aliases {{ id alias }} artifactCollection {{ {_COLLECTION} }} }} }} }} }} }}"""
@@ -64,9 +64,25 @@ FILE_URLS = f"""query GetArtifactMembershipFileUrls($entity: String!, $project: 
 ORGANIZATION = """query FetchOrgInfoFromEntity($entity: String!) { entity(name: $entity) {
   organization { name orgEntity { name } } user { organizations { name orgEntity { name } } } } }"""
 
+FEATURES = "query ServerFeaturesQuery { serverInfo { features { name isEnabled } } }"
+
+XXHASH_ENABLED = "query XXHashDigestsEnabled($entityName: String!) { entity(name: $entityName) { xxhashDigestsEnabled } }"
+
+DIGEST_ALGORITHM = """query FetchArtifactDigestAlgorithm($entityName: String!, $projectName: String!, $artifactTypeName: String!,
+    $artifactCollectionName: String!) {
+  project(name: $projectName, entityName: $entityName) { artifactType(name: $artifactTypeName) {
+    artifactCollection(name: $artifactCollectionName) { __typename ... on ArtifactSequence { digestAlgorithm } } } } }"""
+
 CLIENT_ID = "query ClientIDMapping($clientID: ID!) { clientIDMapping(clientID: $clientID) { serverID } }"
 
-USED_BY = f"query ArtifactUsedBy($id: ID!) {{ artifact(id: $id) {{ usedBy {{ edges {{ node {{ {_RUN} }} }} }} }} }}"
+_WHOLE_RUN = f"projectId id name displayName state config group jobType createdAt heartbeatAt {_PROJECT}"
+USED_BY = f"query ArtifactUsedBy($id: ID!) {{ artifact(id: $id) {{ usedBy {{ edges {{ node {{ {_WHOLE_RUN} }} }} }} }} }}"
+RUN = f"""query Run($project: String!, $entity: String!, $name: String!) {{
+  project(name: $project, entityName: $entity) {{ run(name: $name) {{ {_WHOLE_RUN} }} }} }}"""
+RUNS = f"""query Runs($project: String!, $entity: String!, $cursor: String, $perPage: Int = 50, $order: String,
+    $filters: JSONString) {{
+  project(name: $project, entityName: $entity) {{ runs(filters: $filters, after: $cursor, first: $perPage, order: $order) {{
+    {_PAGE} edges {{ node {{ {_WHOLE_RUN} }} cursor }} }} }} }}"""
 
 _RUN_ARTIFACTS = """query {name}($entity: String!, $project: String!, $run: String!, $cursor: String, $perPage: Int = 100) {{
   project(name: $project, entityName: $entity) {{ run(name: $run) {{ id name {field}(after: $cursor, first: $perPage) {{
@@ -82,6 +98,16 @@ LINK = "mutation LinkArtifact($input: LinkArtifactInput!) { result: linkArtifact
 UNLINK = "mutation UnlinkArtifact($input: UnlinkArtifactInput!) { result: unlinkArtifact(input: $input) { success } }"
 DELETE = "mutation DeleteArtifact($input: DeleteArtifactInput!) { result: deleteArtifact(input: $input) { artifact { id } } }"
 USE = "mutation UseArtifact($input: UseArtifactInput!) { useArtifact(input: $input) { artifact { id } } }"
+UPSERT_RUN = """mutation UpsertBucket($id: String, $name: String, $project: String, $entity: String, $groupName: String,
+    $description: String, $displayName: String, $notes: String, $commit: String, $config: JSONString, $host: String,
+    $debug: Boolean, $program: String, $repo: String, $jobType: String, $state: String, $sweep: String, $tags: [String!],
+    $summaryMetrics: JSONString) {
+  upsertBucket(input: {id: $id, name: $name, groupName: $groupName, modelName: $project, entityName: $entity,
+      description: $description, displayName: $displayName, notes: $notes, config: $config, commit: $commit, host: $host,
+      debug: $debug, jobProgram: $program, jobRepo: $repo, jobType: $jobType, state: $state, sweep: $sweep, tags: $tags,
+      summaryMetrics: $summaryMetrics}) {
+    bucket { id name displayName description config sweepName project { id name entity { id name } } historyLineCount }
+    inserted } }"""
 
 _EDIT = """mutation {name}($input: {type}!) {{
   result: {field}(input: $input) {{ artifactCollection {{ __typename id name }} }} }}"""
@@ -106,6 +132,10 @@ CREATE_MANIFEST = """mutation CreateArtifactManifest($artifactID: ID!, $baseArti
     $includeUpload: Boolean!) {
   createArtifactManifest(input: {artifactID: $artifactID, baseArtifactID: $baseArtifactID, name: $name, digest: $digest,
       entityName: $entityName, projectName: $projectName, runName: $runName, type: $manifestType}) {
+    artifactManifest { id file { id uploadUrl @include(if: $includeUpload) uploadHeaders @include(if: $includeUpload) } } } }"""
+UPDATE_MANIFEST = """mutation UpdateArtifactManifest($artifactManifestID: ID!, $digest: String, $baseArtifactID: ID,
+    $includeUpload: Boolean!) {
+  updateArtifactManifest(input: {artifactManifestID: $artifactManifestID, digest: $digest, baseArtifactID: $baseArtifactID}) {
     artifactManifest { id file { id uploadUrl @include(if: $includeUpload) uploadHeaders @include(if: $includeUpload) } } } }"""
 CREATE_FILES = """mutation CreateArtifactFiles($input: CreateArtifactFilesInput!) { createArtifactFiles(input: $input) {
   files { edges { node { storagePath uploadUrl uploadHeaders

@@ -9,7 +9,7 @@ time without connection, the versions that were looked up by name.
 from __future__ import annotations
 
 import base64
-import datetime
+import contextlib
 import json
 import logging
 import urllib.parse
@@ -26,6 +26,7 @@ from artifactfs.errors import (
     CommError,
     ConflictError,
     IntegrityError,
+    NetworkError,
     NotFoundError,
     NotPermittedError,
     OfflineError,
@@ -35,9 +36,11 @@ from artifactfs.forking import new_lock
 from artifactfs.model import (
     MD5,
     Collection,
+    Dir,
     EntitySettings,
     Entry,
     File,
+    Link,
     LinkedVersion,
     Ref,
     Remote,
@@ -53,11 +56,14 @@ from artifactfs.store.kept import Listed
 from artifactfs.store.server import ArtifactServer
 from artifactfs.store.upload import Report
 from artifactfs.store.wandb import manifest, queries, saving
-from artifactfs.store.wandb.client import Client, Node, dig
+from artifactfs.store.wandb.answers import count, json_object, moment, whole
+from artifactfs.store.wandb.client import Client, Node, dig, store_url
 from artifactfs.store.wandb.files import FileUrls, Home, WandbSource
+from artifactfs.store.wandb.runs import Runs, made_by
 
 _REMEMBERED = 60.0  # seconds for which who the caller is, and which organisation an entity is of, is not asked again
 _HOMES = 4096
+_TAGS = 20  # of a collection that one request may change
 _INHERIT, _NEVER = -1, -2  # ttlDurationSeconds that are no seconds
 
 log = logging.getLogger(__name__)
@@ -66,13 +72,18 @@ log = logging.getLogger(__name__)
 class WandbStore(ArtifactServer):
     """See the module."""
 
+    files_only = True
+    expires = True
+    moves_latest = True
+
     def __init__(self, client: Client, cache: BlockCache | None, offline: bool) -> None:
-        super().__init__(f"wandb://{client.netloc}", cache, offline)
+        super().__init__(store_url(client.base), cache, offline)
         self.client = client
-        self._urls = FileUrls(client, self._home)
+        self._urls = FileUrls(client, self)
         self._lock = new_lock()
         self._homes: LRUCache[str, Home] = LRUCache(_HOMES)
         self._answers: TTLCache[str, Any] = TTLCache(256, _REMEMBERED)
+        self._runs = Runs(self)
 
     # The catalog
 
@@ -86,7 +97,7 @@ class WandbStore(ArtifactServer):
         return _named(names, check_entity)
 
     def projects(self, entity: str) -> list[str]:
-        edges = self._ask_pages(queries.PROJECTS, lambda data: dig(data, "models"), entity=entity)
+        edges = self.ask_pages(queries.PROJECTS, lambda data: dig(data, "models"), entity=entity)
         return _named({dig(edge, "node", "name") for edge in edges}, check_project)
 
     def collections(self, entity: str, project: str) -> list[Collection]:
@@ -94,9 +105,9 @@ class WandbStore(ArtifactServer):
 
     def _collections(self, entity: str, project: str) -> Iterator[Collection]:
         where = {"entity": entity, "project": project}
-        types = self._ask_pages(queries.TYPES, lambda data: dig(data, "project", "artifactTypes"), **where)
+        types = self.ask_pages(queries.TYPES, lambda data: dig(data, "project", "artifactTypes"), **where)
         for kind in [str(dig(edge, "node", "name")) for edge in types if dig(edge, "node", "name")]:
-            edges = self._ask_pages(
+            edges = self.ask_pages(
                 queries.COLLECTIONS, lambda data: dig(data, "project", "artifactType", "artifactCollections"), **where, type=kind
             )
             for edge in edges:
@@ -111,35 +122,44 @@ class WandbStore(ArtifactServer):
     def _with_aliases(self, collection: Collection, kind: str) -> Collection:
         name = ArtifactName(collection.entity, collection.project, collection.name)
         aliases: dict[str, int] = {}
-        links = {}
+        links: dict[int, Link] = {}
         for number, node in self._members(name, kind):
             aliases.update(dict.fromkeys(_aliases_in(node, name), number))
-            links[number] = node
-        return msgspec.structs.replace(collection, aliases=aliases, next_link=max(links, default=-1) + 1)
+            if collection.is_portfolio:
+                with contextlib.suppress(IntegrityError):
+                    version = self._version(node, name, number, "")
+                    links[number] = Link(source=version.origin.qualified_name, linked_at=moment(node.get("createdAt")))
+        return msgspec.structs.replace(collection, aliases=aliases, links=links, next_link=max(links, default=-1) + 1)
 
     def _find_collection(self, name: ArtifactName) -> tuple[Node, str]:
         """What the server says of a collection, and its type. NotFoundError."""
         kind = self.type_of(name)
         if kind is not None:
             where = {"entity": name.entity, "project": name.project, "type": kind, "name": name.collection}
-            node = dig(self._ask(queries.COLLECTION, **where), "project", "artifactType", "artifactCollection")
+            node = dig(self.ask(queries.COLLECTION, **where), "project", "artifactType", "artifactCollection")
             if isinstance(node, dict) and node.get("state") != "DELETED":
                 return node, kind
         raise NotFoundError(f"collection {name.path} does not exist in {self.url}")
 
-    def type_of(self, name: ArtifactName) -> str | None:
-        """The type of a collection: its newest version's, or by search, as a collection may have no version. None for none."""
+    def type_of(self, name: ArtifactName, logged: bool = False) -> str | None:
+        """The type of a collection: its newest version's, or by search, as a collection may have no version. None for none.
+        ``logged``: UsageError for one that is a portfolio."""
         membership = self._membership(name, LATEST)
-        kind = dig(membership, "artifact", "artifactType", "name")
-        if kind:
-            return str(kind)
-        found = (known.type for known in self._collections(name.entity, name.project) if known.name == name.collection)
-        return next(found, None)
+        kind, home = dig(membership, "artifact", "artifactType", "name"), dig(membership, "artifactCollection", "__typename")
+        if not kind or not home:
+            found = (known for known in self._collections(name.entity, name.project) if known.name == name.collection)
+            known = next(found, None)
+            if known is None:
+                return str(kind) if kind else None
+            kind, home = kind or known.type, "ArtifactPortfolio" if known.is_portfolio else ""
+        if logged and home == "ArtifactPortfolio":
+            raise UsageError(f"{name.path} is a portfolio of links, nothing is logged to it; log elsewhere and link that")
+        return str(kind)
 
     def _membership(self, name: ArtifactName, alias: str) -> Node | None:
         where = {"entity": name.entity, "project": name.project, "name": f"{name.collection}:{alias}"}
         try:
-            data = self._ask(queries.MEMBERSHIP, **where)
+            data = self.ask(queries.MEMBERSHIP, **where)
         except NotFoundError:
             return None
         found = dig(data, "project", "artifactCollectionMembership")
@@ -147,7 +167,7 @@ class WandbStore(ArtifactServer):
 
     def _members(self, name: ArtifactName, kind: str) -> list[tuple[int, Node]]:
         """(number there, version) of what is in a collection, in order of number."""
-        edges = self._ask_pages(
+        edges = self.ask_pages(
             queries.VERSIONS,
             lambda data: dig(data, "project", "artifactType", "artifactCollection", "artifacts"),
             entity=name.entity,
@@ -161,7 +181,8 @@ class WandbStore(ArtifactServer):
         for edge in edges:
             node = edge.get("node")
             number = version_number(str(edge.get("version"))) if edge.get("version") else dig(node, "versionIndex")
-            if isinstance(node, dict) and isinstance(number, int) and node.get("state") in (None, "COMMITTED"):
+            number = whole(number)
+            if isinstance(node, dict) and number is not None and node.get("state") in (None, "COMMITTED"):
                 found[number] = node
         return sorted(found.items())
 
@@ -221,13 +242,14 @@ class WandbStore(ArtifactServer):
 
     def _version(self, node: Node, name: ArtifactName, number: object, linked_at: str) -> Version:
         """A version as a member of ``name``. IntegrityError for an answer that cannot be right."""
-        sequence, index, id = node.get("artifactSequence"), node.get("versionIndex"), node.get("id")
+        sequence, index, id = node.get("artifactSequence"), whole(node.get("versionIndex")), node.get("id")
+        id = str(id) if isinstance(id, int) else id
         source = ArtifactName(
             str(dig(sequence, "project", "entity", "name") or name.entity),
             str(dig(sequence, "project", "name") or name.project),
             str(dig(sequence, "name") or name.collection),
         )
-        number = index if number is None else number
+        number = index if whole(number) is None else whole(number)
         index = number if index is None else index
         if (
             not isinstance(id, str)
@@ -237,52 +259,63 @@ class WandbStore(ArtifactServer):
             or min(number, index) < 0
         ):
             raise IntegrityError(f"{self.url} says of {name.path} what no version can be: id {id!r}, number {number!r}")
-        size, files = _count(node.get("size")), node.get("fileCount")
-        root = self.trees.lazy(id, size, files if isinstance(files, int) else 1)
+        size, files = count(node.get("size")), whole(node.get("fileCount"))
+        root = self.trees.lazy(id, size, max(files or 0, 0))
         with self._lock:
-            self._homes[id] = Home(source.entity, source.project, source.collection, f"v{index}")
-        seconds = node.get("ttlDurationSeconds")
+            # As it was looked up, not where it was logged: who may read a portfolio may have no right to the project behind it.
+            self._homes[id] = Home(name.entity, name.project, name.collection, f"v{number}")
+        seconds = whole(node.get("ttlDurationSeconds"))
         fields: dict[str, Any] = {
             "type": str(dig(node, "artifactType", "name") or "unspecified"),
             "digest": str(node.get("digest") or ""),
             "algorithm": MD5,
             "root": root,
             "size": size,
-            "file_count": _count(files),
-            "description": node.get("description") if isinstance(node.get("description"), str) else None,
-            "metadata": _json(node.get("metadata")),
+            "file_count": count(files),
+            "description": str(node.get("description") or "") or None,  # W&B cannot take one away, only empty it
+            "metadata": json_object(node.get("metadata")),
             "tags": [str(tag["name"]) for tag in node.get("tags") or () if dig(tag, "name")],
-            "ttl": seconds if isinstance(seconds, int) and seconds > 0 else None,
+            "ttl": seconds if seconds is not None and seconds > 0 else None,
             "ttl_inherited": bool(node.get("ttlIsInherited")) or seconds == _INHERIT,
-            "run": _run(node["createdBy"], source).path if dig(node, "createdBy", "name") else "",
+            "run": made_by(node.get("createdBy"), source),
             "commit": id,
-            "created_at": _time(node.get("createdAt")),
-            "updated_at": _time(node.get("updatedAt") or node.get("createdAt")),
+            "created_at": moment(node.get("createdAt")),
+            "updated_at": moment(node.get("updatedAt") or node.get("createdAt")),
         }
         made = Version(entity=source.entity, project=source.project, collection=source.collection, number=index, **fields)
         if source.path == name.path:
             return made
         own: dict[str, Any] = {"entity": name.entity, "project": name.project, "collection": name.collection, "number": number}
-        return LinkedVersion(**own, **fields, source=made, linked_at=_time(linked_at or node.get("createdAt")))
+        return LinkedVersion(**own, **fields, source=made, linked_at=moment(linked_at or node.get("createdAt")))
 
     # Reading
 
     def list_files(self, identity: str) -> Listed:
         self.check_online(f"the list of files of version {identity}")
         with manifest.new_file() as file:
-            try:
-                self._fetch_manifest(identity, file)
-            except NotPermittedError:  # the URL may have ended before it was used
-                self._fetch_manifest(identity, file)
+            self._fetch_manifest(identity, file)
             yield from manifest.read(file, self.url, identity, f"version {identity}")
 
     def _fetch_manifest(self, identity: str, file: IO[bytes]) -> None:
-        data = self._ask(queries.MANIFEST, id=identity)
-        url = dig(data, "artifact", "currentManifest", "file", "directUrl")
-        if not isinstance(url, str) or not url:
-            raise IntegrityError(f"{self.url} has no manifest of version {identity}; is it still being logged?")
-        url = urllib.parse.urljoin(self.client.base + "/", url)
-        http.fetch_into(file, url, self.client.deadline, self.client.headers(url))
+        failed: ArtifactFSError | None = None
+        for _ in range(2):  # the URL may have ended before it was used
+            found = dig(self.ask(queries.MANIFEST, id=identity), "artifact")
+            if not isinstance(found, dict):
+                raise NotFoundError(f"version {identity} is not in {self.url}, or you have no right to it")
+            url = dig(found, "currentManifest", "file", "directUrl")
+            if not isinstance(url, str) or not url:
+                raise IntegrityError(f"{self.url} has no manifest of version {identity}; is it still being logged?")
+            url = urllib.parse.urljoin(self.client.base + "/", url)
+            for headers in self.client.ways(url):
+                try:
+                    http.fetch_into(file, url, self.client.deadline, headers)
+                    return
+                except (NotPermittedError, NotFoundError, http.StatusError) as error:
+                    failed = error
+        if isinstance(failed, NotFoundError):
+            raise IntegrityError(f"the manifest of version {identity} is lost: {self.url} names it, but does not have it")
+        assert failed is not None
+        raise failed
 
     def source(self, file: File) -> Source:
         if not isinstance(file, Remote):
@@ -318,21 +351,30 @@ class WandbStore(ArtifactServer):
             raise NotFoundError(f"reference {ref.uri[:200]!r} leads to no file of {self.url}")
         return entry
 
-    def _home(self, artifact: str) -> Home:
+    def home(self, artifact: str, anew: bool = False) -> Home:
+        """Where a version is: as it was looked up, or where it was logged. NotFoundError."""
         with self._lock:
-            known = self._homes.get(artifact)
+            known = None if anew else self._homes.get(artifact)
         if known is None:
-            node = dig(self._ask(queries.ARTIFACT, id=artifact), "artifact")
+            node = dig(self.ask(queries.ARTIFACT, id=artifact), "artifact")
             if not isinstance(node, dict):
                 raise NotFoundError(f"version {artifact} is not in {self.url} any more")
-            sequence = node.get("artifactSequence")
+            sequence, index = node.get("artifactSequence"), whole(node.get("versionIndex"))
             names = [dig(sequence, "project", "entity", "name"), dig(sequence, "project", "name"), dig(sequence, "name")]
-            if not all(isinstance(part, str) for part in names):
+            if index is None or not all(isinstance(part, str) for part in names):
                 raise IntegrityError(f"{self.url} does not say where version {artifact} is")
-            known = Home(names[0], names[1], names[2], f"v{node.get('versionIndex')}")
+            known = Home(names[0], names[1], names[2], f"v{index}")
             with self._lock:
                 self._homes[artifact] = known
         return known
+
+    def file_count(self, artifact: str) -> int:
+        """The number of files of a version whose list is kept."""
+        return self.trees.root(artifact).files
+
+    def following(self, artifact: str, path: str) -> Iterator[str]:
+        """The paths of the stored files behind ``path`` in a version whose list is kept, in order."""
+        return (other for other, entry in self.tree.walk_after(self.trees.root(artifact), path) if isinstance(entry, Remote))
 
     # Making versions
 
@@ -341,6 +383,25 @@ class WandbStore(ArtifactServer):
         if draft.semver:
             raise UsageError(f"{self.url} is a W&B server, which has no semantic versions; use an alias")
         return saving.save(self, draft, report)
+
+    def root_of(self, version: Version) -> Dir:
+        return self.trees.root(version.origin.commit)
+
+    def identity(self, version: Version) -> str:
+        return f"{self.url}/{version.origin.commit}"  # servers number their versions, each by itself
+
+    def made_by(self, name: ArtifactName, commits: Iterable[str]) -> dict[str, Version]:
+        self.check_online("a look for copies")
+        found = {commit: saving.made_by(self, name, commit) for commit in commits}
+        return {commit: it for commit, it in found.items() if it is not None}
+
+    def add_part(self, id: str, draft: Draft) -> None:
+        self.check_online("a part of a version")
+        saving.add_part(self, id, draft)
+
+    def finish(self, id: str, draft: Draft) -> Version:
+        self.check_online("a commit")
+        return saving.finish(self, id, draft)
 
     # Changes
 
@@ -365,12 +426,12 @@ class WandbStore(ArtifactServer):
                 if known.is_portfolio
                 else ("artifactSequenceID", queries.EDIT_SEQUENCE)
             )
-            self._ask(document, input={key: node["id"], "name": changed.name, "description": changed.description or ""})
+            self.ask(document, input={key: node["id"], "name": changed.name, "description": changed.description or ""})
         if changed.type != known.type:
             if known.is_portfolio:
                 self.cannot("change the type of a portfolio")
             moving = {"artifactSequenceID": node["id"], "destinationArtifactTypeName": changed.type}
-            self._ask(queries.MOVE_SEQUENCE, input=moving)
+            self.ask(queries.MOVE_SEQUENCE, input=moving)
         return changed
 
     def _change_aliases(self, document: str, name: ArtifactName, number: int, aliases: Iterable[str]) -> None:
@@ -386,35 +447,36 @@ class WandbStore(ArtifactServer):
     def change_aliases(self, document: str, name: ArtifactName, artifact: str, aliases: Iterable[str]) -> None:
         """Give aliases of a collection to a version, or take them, as ``document`` says."""
         where = {"entityName": name.entity, "projectName": name.project, "artifactCollectionName": name.collection}
-        self._ask(document, input={"artifactID": artifact, "aliases": [{**where, "alias": alias} for alias in sorted(aliases)]})
+        self.ask(document, input={"artifactID": artifact, "aliases": [{**where, "alias": alias} for alias in sorted(aliases)]})
 
     def _change_tags(self, name: ArtifactName, old: Sequence[str], new: Sequence[str]) -> None:
         where = {"entityName": name.entity, "projectName": name.project, "artifactCollectionName": name.collection}
         for document, tags in ((queries.ADD_TAGS, set(new) - set(old)), (queries.DELETE_TAGS, set(old) - set(new))):
-            if tags:
-                self._ask(document, input={**where, "tags": [{"tagName": tag} for tag in sorted(tags)]})
+            left = [{"tagName": tag} for tag in sorted(tags)]
+            for start in range(0, len(left), _TAGS):
+                self.ask(document, input={**where, "tags": left[start : start + _TAGS]})
 
     def update_version(self, name: ArtifactName, change: Callable[[Version], Version]) -> Version:
         """As the protocol says, but that W&B has no conditions: what two change at once, the later one decides."""
         found = self.version(name)
         old = found.origin
         new = change(old)
-        asked: Node = {}
-        if new.description != old.description:
-            asked["description"] = new.description or ""
-        if new.metadata != old.metadata:
-            asked["metadata"] = json.dumps(new.metadata, sort_keys=True)
-        if (new.ttl, new.ttl_inherited) != (old.ttl, old.ttl_inherited):
-            asked["ttlDurationSeconds"] = new.ttl or (_INHERIT if new.ttl_inherited else _NEVER)
-        for key, tags in (("tagsToAdd", set(new.tags) - set(old.tags)), ("tagsToDelete", set(old.tags) - set(new.tags))):
-            if tags:
-                asked[key] = [{"tagName": tag} for tag in sorted(tags)]
         if new.state != old.state or new.type != old.type:
             self.cannot("change the state or the type of one version")
-        if asked:
-            self._ask(queries.UPDATE_ARTIFACT, input={"artifactID": old.commit, **asked})
-            return self.version(name)
-        return found
+        if new == old:
+            return found
+        added, removed = set(new.tags) - set(old.tags), set(old.tags) - set(new.tags)
+        asked: Node = {  # the whole of it, as W&B's client sends it: a server may take what is left out for none
+            "artifactID": old.commit,
+            "description": new.description if new.description == old.description else new.description or "",
+            "metadata": json.dumps(new.metadata, sort_keys=True),
+            "tagsToAdd": [{"tagName": tag} for tag in sorted(added)],
+            "tagsToDelete": [{"tagName": tag} for tag in sorted(removed)],
+        }
+        if (new.ttl, new.ttl_inherited) != (old.ttl, old.ttl_inherited):
+            asked["ttlDurationSeconds"] = new.ttl or (_INHERIT if new.ttl_inherited else _NEVER)
+        self.ask(queries.UPDATE_ARTIFACT, input={key: value for key, value in asked.items() if value is not None})
+        return self.version(name)
 
     def delete_version(self, name: ArtifactName, delete_aliases: bool = False) -> Version:
         version = self.version(name)
@@ -424,8 +486,9 @@ class WandbStore(ArtifactServer):
         if held and not delete_aliases:
             shown = f"{version.qualified_name} has the aliases {', '.join(held)}"
             raise ConflictError(f"{shown}; move them first, or delete them too (--delete-aliases)")
-        self._ask(queries.DELETE, input={"artifactID": version.commit, "deleteAliases": True})
-        return msgspec.structs.replace(version, state="DELETED", deleted_at=_time(None))
+        asked = {"artifactID": version.commit, "deleteAliases": True}
+        self._do(queries.DELETE, lambda: not self._is_there(name.at(version.name)), input=asked)
+        return msgspec.structs.replace(version, state="DELETED", deleted_at=moment(None))
 
     def delete_collection(self, name: ArtifactName, delete_aliases: bool = True) -> None:
         node, kind = self._find_collection(name)
@@ -433,7 +496,8 @@ class WandbStore(ArtifactServer):
         held = sorted(set(found.aliases) - {LATEST})
         if held and not delete_aliases and not found.is_portfolio:
             raise ConflictError(f"{name.path} has versions with the aliases {', '.join(held)}; pass delete_aliases=True")
-        self._ask(queries.DELETE_PORTFOLIO if found.is_portfolio else queries.DELETE_SEQUENCE, id=node["id"])
+        document = queries.DELETE_PORTFOLIO if found.is_portfolio else queries.DELETE_SEQUENCE
+        self._do(document, lambda: self.type_of(name) is None, id=node["id"])
 
     def link(
         self, version: Version, target: ArtifactName, aliases: Sequence[str] = (), run: str = "", description: str | None = None
@@ -448,9 +512,15 @@ class WandbStore(ArtifactServer):
             "projectName": target.project,
             "aliases": [{"artifactCollectionName": target.collection, "alias": alias} for alias in aliases],
         }
-        data = self._ask(queries.LINK, input=asked)
-        number = dig(data, "result", "versionIndex")
-        if not isinstance(number, int):
+        try:
+            data = self.ask(queries.LINK, input=asked)
+        except CommError:
+            self._check_portfolio(target, source.type)
+            raise
+        number = whole(dig(data, "result", "versionIndex"))
+        if number is None:
+            number = self._number_in(target, source)
+        if number is None:
             raise CommError(f"{self.url} does not say which number {source.qualified_name} has in {target.path}")
         made = self.version(target.at(f"v{number}"))
         if not isinstance(made, LinkedVersion):
@@ -459,32 +529,69 @@ class WandbStore(ArtifactServer):
             self.update_collection(target, lambda it: msgspec.structs.replace(it, description=description))
         return made
 
+    def _check_portfolio(self, name: ArtifactName, kind: str) -> None:
+        """UsageError where there is a collection that takes no links to versions of this type."""
+        try:
+            known = self.collection(name)
+        except NotFoundError:
+            return
+        if not known.is_portfolio:
+            raise UsageError(f"{name.path} holds versions that were logged to it; links need a collection of their own")
+        if known.type != kind:
+            raise UsageError(f"{name.path} holds links to artifacts of type {known.type!r}, not {kind!r}: link it elsewhere")
+
+    def _number_in(self, portfolio: ArtifactName, source: Version) -> int | None:
+        """The number that a version has in a portfolio."""
+        where = (portfolio.entity, portfolio.project, portfolio.collection)
+        links = (link for link in self.links_of(source) if (link.entity, link.project, link.collection) == where)
+        return next((link.number for link in links), None)
+
     def unlink(self, name: ArtifactName) -> LinkedVersion:
         version = self.version(name)
         if not isinstance(version, LinkedVersion):
             raise UsageError(f"{version.qualified_name} is no link but a version that was logged; delete removes it")
         node, _ = self._find_collection(name)
-        self._ask(queries.UNLINK, input={"artifactID": version.source.commit, "artifactPortfolioID": node["id"]})
+        asked = {"artifactID": version.source.commit, "artifactPortfolioID": node["id"]}
+        self._do(queries.UNLINK, lambda: not self._is_there(name.at(version.name)), input=asked)
         return version
+
+    def _is_there(self, name: ArtifactName) -> bool:
+        try:
+            self.version(name)
+        except NotFoundError:
+            return False
+        return True
+
+    def _do(self, document: str, done: Callable[[], bool], /, **variables: object) -> None:
+        """Ask for what cannot be done twice. Where an answer is lost the request comes again, and what the server then says of
+        what is gone already counts for nothing."""
+        try:
+            self.ask(document, **variables)
+        except (NetworkError, NotPermittedError):
+            raise
+        except ArtifactFSError as error:
+            if not done():
+                raise
+            log.debug("done already: %s", error)
 
     def links_of(self, version: Version) -> list[LinkedVersion]:
         source = version.origin
-        data = self._ask(queries.LINKED, artifactID=source.commit)
+        data = self.ask(queries.LINKED, artifactID=source.commit)
         found = []
         for edge in dig(data, "artifact", "artifactMemberships", "edges") or ():
             node = dig(edge, "node")
-            collection, number = dig(node, "artifactCollection"), dig(node, "versionIndex")
+            collection, number = dig(node, "artifactCollection"), whole(dig(node, "versionIndex"))
             parts = [dig(collection, "project", "entity", "name"), dig(collection, "project", "name"), dig(collection, "name")]
-            if dig(collection, "__typename") == "ArtifactSequence" or not isinstance(number, int):
+            if dig(collection, "__typename") == "ArtifactSequence" or number is None:
                 continue
             if all(isinstance(part, str) for part in parts):
                 own = {"entity": parts[0], "project": parts[1], "collection": parts[2], "number": number}
                 fields = {field: getattr(source, field) for field in Version.__struct_fields__}
-                found.append(LinkedVersion(**{**fields, **own}, source=source, linked_at=_time(dig(node, "createdAt"))))
+                found.append(LinkedVersion(**{**fields, **own}, source=source, linked_at=moment(dig(node, "createdAt"))))
         return sorted(found, key=lambda link: link.qualified_name)
 
     def entity_settings(self, entity: str) -> EntitySettings:
-        data = self._remembered(f"organization {entity}", lambda: self._ask(queries.ORGANIZATION, entity=entity))
+        data = self._remembered(f"organization {entity}", lambda: self.ask(queries.ORGANIZATION, entity=entity))
         found = dig(data, "entity", "organization") or next(iter(dig(data, "entity", "user", "organizations") or ()), None)
         name = dig(found, "orgEntity", "name")
         return EntitySettings(entity=entity, organization=str(name or ""), created_at="", updated_at="")
@@ -492,50 +599,32 @@ class WandbStore(ArtifactServer):
     # Runs and lineage
 
     def run(self, entity: str, project: str, id: str) -> Run:
-        where = {"entity": entity, "project": project, "run": id}
-        data = self._ask(queries.RUN_OUTPUTS, **where, cursor=None)
-        node = dig(data, "project", "run")
-        if not isinstance(node, dict):
-            raise NotFoundError(f"run {entity}/{project}/{id} does not exist in {self.url}")
-        logged = self._ask_pages(queries.RUN_OUTPUTS, lambda data: dig(data, "project", "run", "outputArtifacts"), **where)
-        used = self._ask_pages(queries.RUN_INPUTS, lambda data: dig(data, "project", "run", "inputArtifacts"), **where)
-        time = _time(None)
-        return Run(
-            entity=entity,
-            project=project,
-            id=id,
-            name=id,
-            used=self._names_of(used, entity, project),
-            logged=self._names_of(logged, entity, project),
-            created_at=time,
-            updated_at=time,
-        )
-
-    def _names_of(self, edges: Iterable[Node], entity: str, project: str) -> list[str]:
-        found = []
-        for edge in edges:
-            sequence, number = dig(edge, "node", "artifactSequence"), dig(edge, "node", "versionIndex")
-            home = f"{dig(sequence, 'project', 'entity', 'name') or entity}/{dig(sequence, 'project', 'name') or project}"
-            if dig(sequence, "name") and isinstance(number, int):
-                found.append(f"{home}/{dig(sequence, 'name')}:v{number}")
-        return found
+        return self._runs.run(entity, project, id)
 
     def runs(self, entity: str, project: str) -> list[Run]:
-        self.cannot("list runs for artifactfs; its own pages do")
+        return self._runs.runs(entity, project)
+
+    def save_run(self, run: Run) -> None:
+        self.check_online("a run")
+        self._runs.save(run)
+
+    def start_run(self, entity: str, project: str) -> str:
+        """Make a run that nobody asked for; its id."""
+        return self._runs.start(entity, project)
+
+    def finish_run(self, run: Run, exit_code: int) -> None:
+        self._runs.finish(run, exit_code)
 
     def used_by(self, version: Version) -> list[Run]:
-        data = self._ask(queries.USED_BY, id=version.origin.commit)
-        runs = (dig(edge, "node") for edge in dig(data, "artifact", "usedBy", "edges") or ())
-        return sorted((_run(run, version) for run in runs if dig(run, "name")), key=lambda run: run.id)
+        return self._runs.used_by(version)
 
     def mark_used(self, version: Version, run: Run) -> None:
-        asked = {"entityName": run.entity, "projectName": run.project, "runName": run.id, "artifactID": version.origin.commit}
-        self._ask(queries.USE, input=asked)
+        self._runs.mark_used(version, run)
 
     # Asking
 
     def _viewer(self) -> Node:
-        data = self._remembered("viewer", lambda: self._ask(queries.VIEWER))
+        data = self._remembered("viewer", lambda: self.ask(queries.VIEWER))
         viewer = dig(data, "viewer")
         return viewer if isinstance(viewer, dict) else {}
 
@@ -548,17 +637,30 @@ class WandbStore(ArtifactServer):
                 self._answers[key] = known
         return dict(known)
 
-    def _ask(self, document: str, /, **variables: object) -> Node:
+    def features(self) -> frozenset[str]:
+        """What the server says that it can do besides what all can."""
+
+        def ask() -> Node:
+            try:
+                return self.ask(queries.FEATURES)
+            except CommError as error:  # one that does not know the question
+                log.debug("%s", error)
+                return {}
+
+        found = dig(self._remembered("features", ask), "serverInfo", "features")
+        return frozenset(str(dig(feature, "name")) for feature in found or () if dig(feature, "isEnabled") is True)
+
+    def ask(self, document: str, /, **variables: object) -> Node:
         self.check_online("this")
         return self.client.ask(document, **variables)
 
-    def _ask_pages(self, document: str, find: Callable[[Node], Any], /, **variables: object) -> Iterator[Node]:
+    def ask_pages(self, document: str, find: Callable[[Node], Any], /, **variables: object) -> Iterator[Node]:
         self.check_online("this")
         return self.client.pages(document, find, **variables)
 
     def version_of(self, artifact: str, name: ArtifactName) -> Version:
         """The version with this id on the server, as a member of the collection it was logged to."""
-        node = dig(self._ask(queries.ARTIFACT, id=artifact), "artifact")
+        node = dig(self.ask(queries.ARTIFACT, id=artifact), "artifact")
         if not isinstance(node, dict):
             raise CommError(f"{self.url} does not know the version {artifact} of {name.path}")
         return self._version(node, name, None, "").origin
@@ -574,8 +676,8 @@ def _collection(node: Node, name: ArtifactName, kind: str) -> Collection:
         description=node.get("description") or None,
         tags=[str(tag) for tag in tags if tag],
         kind="PORTFOLIO" if node.get("__typename") == "ArtifactPortfolio" else "SEQUENCE",
-        created_at=_time(node.get("createdAt")),
-        updated_at=_time(node.get("updatedAt") or node.get("createdAt")),
+        created_at=moment(node.get("createdAt")),
+        updated_at=moment(node.get("updatedAt") or node.get("createdAt")),
     )
 
 
@@ -592,13 +694,6 @@ def _aliases_in(node: Node, name: ArtifactName) -> list[str]:
     return [alias for alias in found if version_number(alias) is None]
 
 
-def _run(node: Node, version: Version | ArtifactName) -> Run:
-    entity = str(dig(node, "project", "entity", "name") or version.entity)
-    project = str(dig(node, "project", "name") or version.project)
-    time = _time(None)
-    return Run(entity=entity, project=project, id=str(node["name"]), name=str(node["name"]), created_at=time, updated_at=time)
-
-
 def _named(names: Iterable[object], check: Callable[[str], object]) -> list[str]:
     """Those that can be names, sorted."""
     found = []
@@ -611,35 +706,3 @@ def _named(names: Iterable[object], check: Callable[[str], object]) -> list[str]
             else:
                 found.append(name)
     return sorted(found)
-
-
-def _count(value: object) -> int:
-    """A number that a server gives as a number or as text; 0 for what is none."""
-    if isinstance(value, str) and value.isdecimal() and len(value) < 19:
-        return int(value)
-    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63 else 0
-
-
-def _json(text: object) -> dict[str, Any]:
-    found: object = text
-    if isinstance(text, str) and text:
-        try:
-            found = json.loads(text)
-        except (ValueError, RecursionError):
-            found = None
-    return found if isinstance(found, dict) else {}
-
-
-def _time(value: object) -> str:
-    """A moment as ``Version`` has it; now for what is none."""
-    moment = None
-    if isinstance(value, str) and value:
-        try:
-            moment = datetime.datetime.fromisoformat(value)
-        except ValueError:
-            log.debug("a server's time is none: %r", value[:40])
-    if moment is None:
-        moment = datetime.datetime.now(datetime.UTC)
-    if moment.tzinfo is None:
-        moment = moment.replace(tzinfo=datetime.UTC)
-    return moment.astimezone(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")

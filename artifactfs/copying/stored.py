@@ -1,4 +1,4 @@
-"""Copies versions from one store to another: the same trees under the same digests, contents checked on their way.
+"""From one native store to another: the same trees under the same digests, contents checked on their way.
 
 What is read from the source is checked against its content id before it is written; pages are made anew by ``publish``, which
 refuses a tree whose digest is not the source's. What the newest version of the target's collection has, at the same path or any
@@ -25,12 +25,12 @@ import msgspec
 from blake3 import blake3
 
 from artifactfs.content import DIGEST_SIZE, block_digest, content_id
-from artifactfs.errors import IntegrityError, NotFoundError, UsageError
-from artifactfs.model import BLOCK, OBJECT_BLOB, OBJECT_PACK, Collection, Dir, Entry, Extent, File, Ref, Symlink, Version
-from artifactfs.names import LATEST, ArtifactName
+from artifactfs.errors import IntegrityError, NotFoundError
+from artifactfs.model import BLOCK, OBJECT_BLOB, OBJECT_PACK, Dir, Entry, Extent, File, Ref, Symlink, Version
+from artifactfs.names import ArtifactName
 from artifactfs.objects import object_key
 from artifactfs.pack import PACK_TARGET, PackWriter
-from artifactfs.publish import Change, Draft, NewRef, Progress, Report, publish
+from artifactfs.publish import Change, Draft, NewRef, Progress, Published, Report, publish
 from artifactfs.store.large import LargeContent
 from artifactfs.store.native import NativeStore
 from artifactfs.store.semvers import NEXT, semvers
@@ -50,45 +50,11 @@ _AHEAD = 4
 """Segments of a large content that are read ahead: 16 MiB."""
 
 
-class Copied(NamedTuple):
-    """``created`` is False where the target had the version already."""
-
-    version: Version
-    created: bool
-
-
-def copy(source: NativeStore, target: NativeStore, name: ArtifactName, report: Report | None = None) -> list[Copied]:
-    """Copy the version that ``name``'s alias names, or all versions of the collection where it has none, in order.
-
-    A version keeps its number, or gets the next one free in the target where that is higher; its semantic version likewise. Its
-    aliases (which move from other versions there), description, metadata, tags and TTL come with it; the collection's
-    description and tags, where the target's has none. NotFoundError for what is not in ``source``; UsageError for another type
-    of the target's collection, and for one and the same store.
-    """
-    if source.url == target.url:
-        raise UsageError(f"{target.url} is the store that {name.path} is copied from; name another one with --to")
-    versions = [source.version(name)] if name.alias else source.versions(name)
-    collection = source.collection(name)
-    there = _by_commit(target, name)
-    progress = Progress()
-    copied: dict[int, Copied] = {}
-    for version in versions:
-        known = there.get(version.commit)
-        copied[version.number] = Copied(known, False) if known else _copy_version(source, target, version, progress, report)
-    _copy_collection(target, name, collection, {number: result.version.number for number, result in copied.items()})
-    return list(copied.values())
-
-
-def _by_commit(store: NativeStore, name: ArtifactName) -> dict[str, Version]:
-    try:
-        return {version.commit: version for version in store.versions(name)}
-    except NotFoundError:
-        return {}
-
-
-def _copy_version(
-    source: NativeStore, target: NativeStore, version: Version, progress: Progress, report: Report | None
-) -> Copied:
+def copy_stored(
+    source: NativeStore, target: NativeStore, version: Version, commit: str, progress: Progress, report: Report | None
+) -> Published:
+    """``version`` in ``target``, made by ``commit``: under its number, or the next one free there where that is higher; its
+    semantic version likewise. IntegrityError for what is damaged."""
     name = ArtifactName(version.entity, version.project, version.collection)
     newest = target.newest(name)
     job = _Job(source, target, version, newest, progress, report)
@@ -96,7 +62,7 @@ def _copy_version(
         name=name,
         type=version.type,
         folder=_CopiedFolder(job, version.root, newest.root if newest else None, whole=True),
-        commit=version.commit,
+        commit=commit,
         algorithm=version.algorithm,
         description=version.description,
         metadata=version.metadata,
@@ -106,44 +72,26 @@ def _copy_version(
         run=version.run,
         expect_root=version.root.digest,
         number=version.number,
-        semver=_semver(target, name, version),
+        semver=free_semver(target, name, version.semver),
         always=bool(version.semver),  # whoever made it made one like the version before it on purpose
+        reserved_type=True,
     )
     try:
-        published = publish(target, draft)
+        return publish(target, draft)
     finally:
         job.close()
-    return Copied(published.version, published.created)
 
 
-def _semver(target: NativeStore, name: ArtifactName, version: Version) -> str:
+def free_semver(target: NativeStore, name: ArtifactName, semver: str) -> str:
     """The semantic version of a copy: its own, or where the target has given that to another version the next one."""
-    if not version.semver:
+    if not semver:
         return ""
     try:
         collection = target.collection(name)
     except NotFoundError:
-        return version.semver
-    taken = semvers(target, name, collection.semver, target.numbers(name)).find(version.semver) is not None
-    return NEXT if taken or version.semver in collection.aliases else version.semver
-
-
-def _copy_collection(target: NativeStore, name: ArtifactName, theirs: Collection, numbers: dict[int, int]) -> None:
-    """Aliases of the copied versions, and what describes the collection. ``latest`` moves as it does when versions are made: a
-    copy that was killed may not have come to that."""
-
-    def adopt(ours: Collection) -> Collection:
-        aliases = {alias: numbers[number] for alias, number in theirs.aliases.items() if alias != LATEST and number in numbers}
-        aliases[LATEST] = max(ours.aliases.get(LATEST, -1), *numbers.values())
-        return msgspec.structs.replace(
-            ours,
-            description=theirs.description if ours.description is None else ours.description,
-            tags=ours.tags or theirs.tags,
-            aliases={**ours.aliases, **aliases},
-        )
-
-    if numbers:
-        target.update_collection(name, adopt)
+        return semver
+    taken = semvers(target, name, collection.semver, target.numbers(name)).find(semver) is not None
+    return NEXT if taken or semver in collection.aliases else semver
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
