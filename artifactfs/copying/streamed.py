@@ -30,7 +30,6 @@ from artifactfs.store.comet.words import SIDECAR
 from artifactfs.store.native import NativeStore
 from artifactfs.store.server import ArtifactServer
 
-
 _HIGHEST = 10**9
 """A number that is carried over: with a higher one, which only a server that errs can give, none would be left there."""
 
