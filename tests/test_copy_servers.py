@@ -25,6 +25,7 @@ import xxhash
 from comet_server import KEY as COMET_KEY
 from comet_server import CometServer
 from programs import Program
+from serving_fixture import run_client
 from shelves import until, write_files
 from wandb_server import KEY as WANDB_KEY
 from wandb_server import WandbServer, b64md5
@@ -633,6 +634,7 @@ def test_what_a_begun_version_at_comet_has_is_not_sent_again(place_of: NewPlace)
     arrived = sum(len(version.assets) for artifact in server.artifacts.values() for version in artifact.versions)
     server.seen.clear()
     assert 0 < arrived < 30
+    target.anew()
     assert Copying(source, target).created == [True]
     assert server.count("asset/upload") == 30 - arrived
     assert len(target.contents()) == 30
@@ -811,8 +813,8 @@ def test_documented_commands(place_of: NewPlace, afs: Program, tmp_path: Path, m
     assert wandb.anew().version(NAME).name == "v1"
 
 
-def test_through_serve(place_of: NewPlace, wandb_server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A W&B server that is ours: what a team copies there is in the store that is served."""
+def test_through_serve(place_of: NewPlace, wandb_server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A W&B server that is ours: what a team copies there is in the store that is served, and for the real client."""
     monkeypatch.setenv("WANDB_API_KEY", wandb_server.key)
     source, back = place_of("native"), place_of("native")
     target = Place("wandb", f"wandb://{wandb_server.host}", source.cache)
@@ -830,6 +832,16 @@ def test_through_serve(place_of: NewPlace, wandb_server: Any, monkeypatch: pytes
     assert Copying(target, back).created == [True, True]
     assert back.contents("best") == PLAIN
     assert back.store.version(NAME.at("best")).metadata == {"n": 1}
+    script = """
+import wandb
+artifact = wandb.Api().artifact("acme/vision/bikes:best")
+artifact.download("out")
+artifact.verify("out")
+print(artifact.digest, artifact.metadata, artifact.tags, artifact.description, artifact.aliases)
+"""
+    said = run_client(wandb_server, tmp_path, script)
+    assert said.splitlines()[-1] == f"{source.store.version(NAME.at('best')).digest} {{'n': 1}} ['t'] d ['best']"
+    assert subprocess.run(["diff", "-r", "out", write_files(tmp_path / "plain", PLAIN)], cwd=tmp_path).returncode == 0
 
 
 @pytest.mark.parametrize("other", ["native", "wandb", "serve"])

@@ -97,10 +97,14 @@ def _latest(server: ArtifactServer | None, ours: Collection, theirs: Collection,
 
 def copy_links(source: Store, target: Store, pair: Pair, portfolios: dict[str, Collection], left: LeftOut) -> None:
     """Link the copy to where its source is linked; ``portfolios`` keeps those that were asked for."""
-    links = [] if isinstance(pair.source, LinkedVersion) else source.links_of(pair.source)
-    if not links:
+    if isinstance(pair.source, LinkedVersion):
         return
-    there = {(link.entity, link.project, link.collection) for link in target.links_of(pair.target)}
+    try:
+        links = source.links_of(pair.source)
+        there = {(it.entity, it.project, it.collection) for it in target.links_of(pair.target)} if links else set()
+    except _REFUSED:  # the version is there, and worth more than its links
+        left.name("the links to it")
+        return
     for link in links:
         if (link.entity, link.project, link.collection) not in there:
             try:
@@ -143,8 +147,12 @@ def copy_runs(source: Store, target: Store, pair: Pair, left: LeftOut) -> None:
     made = pair.target.qualified_name
     if pair.source.run and isinstance(target, NativeStore):
         _keep_run(target, msgspec.structs.replace(_run(source, pair.source.run), logged=[made]))
-    users = source.used_by(pair.source)
-    known = {run.path for run in target.used_by(pair.target)} if users else set()
+    try:
+        users = source.used_by(pair.source)
+        known = {run.path for run in target.used_by(pair.target)} if users else set()
+    except _REFUSED:
+        left.name("the runs that used it")
+        return
     for run in users:
         if run.path in known and not isinstance(target, NativeStore):
             continue

@@ -30,6 +30,9 @@ from artifactfs.store.comet.words import SIDECAR
 from artifactfs.store.native import NativeStore
 from artifactfs.store.server import ArtifactServer
 
+_HIGHEST = 10**9
+"""A number that is carried over: with a higher one, which only a server that errs can give, none would be left there."""
+
 
 class Older(NamedTuple):
     """A version that was copied before: at the source, and what became of it at the target."""
@@ -111,7 +114,7 @@ def copy_streamed(
         tags=valid_tags(version.tags, left),
         run=run,
         expect_digest=version.digest if _keeps_digest(server, algorithm, pure) else "",
-        number=version.number,
+        number=version.number if version.number <= _HIGHEST else 0,
         retry=server is not None,  # an attempt before this one may have begun it
         always=True,  # it is a version there, and must be one here: with what the next one differs in
         reserved_type=True,
