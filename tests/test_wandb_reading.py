@@ -907,3 +907,24 @@ def test_commands_and_what_is_left_offline(server: WandbServer, tmp_path: Path) 
         assert (where / "keep/b").read_bytes() == LARGE and (where / "keep/a").read_bytes() == b"1"
         assert failing(where / "other/c") == errno.EHOSTUNREACH
         assert (where / "new").read_bytes() == b""
+
+
+def test_what_another_process_brought_is_compared_as_a_whole_too(server: WandbServer, tmp_path: Path) -> None:
+    """Two that share a cache read a wrong file in turns: neither is given all of it."""
+    server.log_version("ann/lab/bikes", {"large": LARGE})
+    (place,) = server.blobs
+    server.blobs[place] = LARGE[:-1] + b"?"
+    users = [User(server, BlockCache(tmp_path / "cache", 1 << 30), "ann/lab/bikes", 10.0) for _ in range(2)]
+    try:
+        handles = [one.view.open("/large", os.O_RDONLY) for one in users]
+        blocks = -(-len(LARGE) // BLOCK)
+        seen: list[set[int]] = [set(), set()]
+        for block in range(blocks):
+            for number in (block % 2, 1 - block % 2):
+                with contextlib.suppress(IntegrityError):
+                    if users[number].view.read(handles[number], 100, block * BLOCK):
+                        seen[number].add(block)
+        assert max(map(len, seen)) < blocks
+    finally:
+        for one in users:
+            one.close()

@@ -356,7 +356,7 @@ def lifetime(url: str) -> float:
 
 
 def _usable(left: float, life: float) -> float:
-    """What is left of a life but a margin. Where a clock is wrong, URLs that have just come must not seem useless: half a life."""
+    """What is left of a life but a margin. Where a clock is wrong, what has just come must not seem useless: half a life."""
     left = min(left, life) if life > 0 else left
     if left <= 0:
         return max(life / 2, 1.0)
