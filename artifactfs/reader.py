@@ -53,7 +53,7 @@ from artifactfs.references import (
     is_verified as is_pinned_as_recorded,
 )
 from artifactfs.store import LocalContent, Store
-from artifactfs.waiting import Budget, Result, Workers
+from artifactfs.waiting import Budget, Result, Workers, about_to_wait
 
 log = logging.getLogger(__name__)
 
@@ -625,6 +625,7 @@ class Reader:
 
     def _deliver(self, fetch: _Fetch, block: int, data: bytes) -> None:
         content = fetch.content
+        content.hold(block)
         content.keep(block, data, replace=not fetch.whole)
         content.disclaim(block)
         if self._vouched(fetch, block, data):
@@ -644,6 +645,7 @@ class Reader:
             if slot is not None:
                 slot.fail(error)
             return False
+        content.let_go(block)
         return True
 
     def _pass_on(self, fetch: _Fetch, block: int, data: bytes) -> None:
@@ -692,7 +694,7 @@ class Reader:
 class _Content:
     """One content while it is open: its source, its part of the cache, its block digests, and what is under way for it.
 
-    ``slots``, ``fetches``, ``spools``, ``whole``, ``touched`` and ``users`` belong to the reader's lock.
+    ``slots``, ``fetches``, ``spools``, ``whole``, ``touched``, ``users``, ``_held`` and ``_shown`` belong to the reader's lock.
     """
 
     def __init__(
@@ -716,6 +718,8 @@ class _Content:
         self.verified = True  # or its checksum is still to be compared with all of it
         self.all_here = False
         self._whole: _Whole | None = None
+        self._held: set[int] = set()
+        self._shown: set[int] = set()
         if isinstance(entry, Remote):
             self.verified = False
             if entry.size > WHOLE or not entry.checksum:
@@ -746,6 +750,10 @@ class _Content:
         """``size`` bytes from ``start`` of a block that is cached, if its digest is known by now."""
         if self._digests is None:
             return None
+        data = self._find(block, start, size)
+        return data if data is not None and self._may_show(block) else None
+
+    def _find(self, block: int, start: int, size: int) -> bytes | None:
         kept = self._reader.recall(self.key, block)
         if kept is not None:
             if self.keeps and start + size == len(kept):
@@ -836,7 +844,36 @@ class _Content:
                 self._digests = b""
         return self._digests is not None
 
-    def check_whole(self, fetch: _Fetch) -> None:
+    def hold(self, block: int) -> None:
+        """A block has arrived, and it is not known yet whether it completes a server's file that is wrong: until
+        :meth:`let_go` nobody sees it."""
+        if not self.verified:
+            with self._reader._lock:
+                self._held.add(block)
+
+    def let_go(self, block: int) -> None:
+        with self._reader._lock:
+            self._held.discard(block)
+            self._shown.add(block)
+
+    def _may_show(self, block: int) -> bool:
+        """Whether a block that is here may be served. Of a server's file that was not compared with its checksum all but the last
+        may, whichever that is, and whoever brought it: another process may have cached it. IntegrityError if it is wrong."""
+        if self.verified or self._whole is None:
+            return True
+        with self._reader._lock:
+            if block in self._held:
+                return False
+            last = block not in self._shown and len(self._shown) + 1 >= block_count(self.size)
+            if not last:
+                self._shown.add(block)
+        if last:
+            about_to_wait()
+            self.check_whole()
+            self.let_go(block)
+        return True
+
+    def check_whole(self, fetch: _Fetch | None = None) -> None:
         """Compare a server's file with its checksum as soon as all of it is here. IntegrityError if it is wrong."""
         self._reader.check_condemned(self)
         if self._whole is None or not isinstance(self.entry, Remote) or not self.entry.checksum:
@@ -922,7 +959,7 @@ class _Whole:
         self._digests = bytearray()
         self._next = 0
 
-    def advance(self, content: _Content, fetch: _Fetch) -> bytes | None:
+    def advance(self, content: _Content, fetch: _Fetch | None) -> bytes | None:
         """The digests of all blocks, once all of them were hashed; None before. IntegrityError if the checksum is another."""
         entry = content.entry
         assert isinstance(entry, Remote)
@@ -935,12 +972,13 @@ class _Whole:
                 self._hash.update(data)
                 self._digests += block_digest(data)
                 self._next += 1
-                fetch.moved = time.monotonic()
+                if fetch is not None:
+                    fetch.moved = time.monotonic()
             if content.verified:
                 return None
             content._reader.check_condemned(content)
             if self._hash.finish() != entry.checksum:
-                error = _wrong(entry, fetch.where, content.where())
+                error = _wrong(entry, fetch.where if fetch is not None else entry.name, content.where())
                 content._reader.condemn(content, error)
                 raise error
             return bytes(self._digests)

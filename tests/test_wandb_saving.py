@@ -201,6 +201,14 @@ def test_runs(server: WandbServer, store: Store, monkeypatch: pytest.MonkeyPatch
     found = store.run("ann", "lab", "r")
     assert (found.name, found.job_type, found.group, found.config) == ("nice", "train", "g", {"a": [1], "b": None})
     assert [it.id for it in store.runs("ann", "lab")] == ["r"] and store.runs("ann", "nothing") == []
+    for number in range(5):  # more than come with the run
+        publish(store, draft(MadeFolder({}), run="ann/lab/r", always=True))
+        store.mark_used(store.version(BIKES), run)
+        before = server.asked.count("RunOutputArtifacts")
+        expected = [f"ann/lab/bikes:v{at}" for at in range(number + 1)]
+        for found in (store.run("ann", "lab", "r"), store.runs("ann", "lab")[0], store.used_by(store.version(BIKES))[0]):
+            assert found.logged == found.used == expected
+        assert (server.asked.count("RunOutputArtifacts") > before) == (number >= server.page)
     store.finish_run(run, 1)
     assert server.runs["ann", "lab", "r"]["state"] == "failed"
 

@@ -30,6 +30,7 @@ KEY = "k" * 40
 TIME = "2026-11-20T10:11:12Z"
 
 Value = Any
+Answer = tuple[int, bytes, dict[str, str]]
 
 
 def b64md5(data: bytes) -> str:
@@ -134,6 +135,15 @@ class WandbServer:
         self.fault: Callable[[str], int | str | None] = lambda step: None  # of a mutation's name, "PUT" or "stream": a status,
         # "before" or "after" for a connection that breaks before it is done, or before the answer; or "" for neither
         self.lock = threading.RLock()
+        # For the tests of reading
+        self.gate: Callable[[str], None] = lambda path: None  # may hold an answer back
+        self.shape: Callable[[str, int, bytes, dict[str, str]], Answer] = lambda path, *answer: answer
+        self.ranges = True
+        self.redirects = True  # False: the server's own URLs of files are answered with their bytes
+        self.forms = {"V2", "V2 of old", "V1"}  # of the server's own URLs of files that there are
+        self.hidden: dict[tuple[str, str], str] = {}  # projects that the caller may not see: with a message, or null without one
+        self.variables: list[tuple[str, dict[str, Value]]] = []
+        self.connections: set[tuple[str, int]] = set()
         self._servers: list[ThreadingHTTPServer] = []
 
     def start(self) -> WandbServer:
@@ -220,6 +230,7 @@ class WandbServer:
         fragments = {node.name.value: node for node in tree.definitions if not isinstance(node, OperationDefinitionNode)}  # type: ignore[attr-defined]
         (operation,) = (node for node in tree.definitions if isinstance(node, OperationDefinitionNode))
         self.asked.append(operation.name.value if operation.name else "")
+        self.variables.append((self.asked[-1], variables))
         given = {
             item.variable.name.value: value_from_ast_untyped(item.default_value)
             for item in operation.variable_definitions or ()
@@ -262,8 +273,10 @@ class WandbServer:
                 args,
                 self.page,
             ),
-            "project": lambda args: self._project(args["entityName"], args["name"]),
-            "artifact": lambda args: self._artifact(self.artifacts.get(args["id"])),
+            "project": lambda args: (
+                self._seen(args["entityName"], args["name"]) and self._project(args["entityName"], args["name"])
+            ),
+            "artifact": lambda args: self._seen_artifact(self.artifacts.get(args["id"])),
             "serverInfo": {"features": [{"name": name, "isEnabled": True} for name in sorted(self.features)]},
             "entity": lambda args: self._entity(args["name"]),
             "clientIDMapping": lambda args: next(
@@ -296,6 +309,17 @@ class WandbServer:
         org, home = self.orgs.get(name, ("", ""))
         found = {"name": org, "orgEntity": {"name": home}} if org else None
         return {"name": name, "organization": found, "user": {"organizations": []}, "xxhashDigestsEnabled": self.xxhash}
+
+    def _seen(self, entity: str, project: str) -> bool:
+        if self.hidden.get((entity, project)):
+            raise Refused(self.hidden[entity, project])
+        return (entity, project) not in self.hidden
+
+    def _seen_project(self, entity: str, project: str) -> Value:
+        return self._project(entity, project) if self._seen(entity, project) else None
+
+    def _seen_artifact(self, it: Artifact | None) -> Value:
+        return self._artifact(it) if it is not None and self._seen(it.entity, it.project) else None
 
     def _project(self, entity: str, project: str) -> Value:
         mine = [it for key, it in sorted(self.collections.items()) if key[:2] == (entity, project)]
@@ -717,6 +741,8 @@ class _Handler(BaseHTTPRequestHandler):
         length = int(self.headers.get("Content-Length") or 0)
         self.body = self.rfile.read(length)
         self.owner.log.append((self.command, self.path, dict(self.headers)))
+        self.owner.connections.add(self.client_address)
+        self.owner.gate(self.path)
         fault = self.owner.fail(self.command, self.path)
         if fault is not None:
             self.answer(fault[0], b"no", fault[1])
@@ -739,15 +765,30 @@ class _Handler(BaseHTTPRequestHandler):
         return self.lose
 
     def answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+        status, body, headers = self.owner.shape(self.path, status, body, headers or {})
         self.send_response(status)
-        for name, value in (headers or {}).items():
+        for name, value in headers.items():
             self.send_header(name, value)
-        self.send_header("Content-Length", str(len(body)))
+        if "Content-Length" not in headers and "Transfer-Encoding" not in headers:
+            self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         sent = self.owner.cut(self.path, body)
         self.wfile.write(sent)
         if len(sent) < len(body):
             self.close_connection = True
+
+    def send_blob(self, data: bytes) -> None:
+        etag = f'"{hashlib.sha1(data).hexdigest()}"'
+        headers = {"ETag": etag} if self.owner.etags else {}
+        if self.headers.get("If-Match", etag) != etag:
+            self.answer(412, b"")
+            return
+        match = re.fullmatch(r"bytes=([0-9]+)-([0-9]*)", self.headers.get("Range", ""))
+        if match and data and self.owner.ranges:
+            start, end = int(match[1]), min(int(match[2] or len(data)), len(data) - 1)
+            self.answer(206, data[start : end + 1], {**headers, "Content-Range": f"bytes {start}-{end}/{len(data)}"})
+        else:
+            self.answer(200, data, headers)
 
     def authorized(self) -> bool:
         given = self.headers.get("Authorization", "")
@@ -784,11 +825,19 @@ class _Api(_Handler):
         if not self.begin():
             return
         parts = [urllib.parse.unquote(part) for part in urllib.parse.urlsplit(self.path).path.split("/")[1:]]
-        if not self.authorized() or parts[0] != "artifactsV2" or len(parts) != 9:
+        form = {("artifactsV2", 9): "V2", ("artifactsV2", 8): "V2 of old", ("artifacts", 3): "V1"}.get((parts[0], len(parts)))
+        if not self.authorized() or form not in self.owner.forms:
             self.answer(401 if not self.authorized() else 404, b"")
             return
-        md5 = base64.b64encode(bytes.fromhex(parts[7])).decode().replace("/", "_")
-        self.answer(302, b"", {"Location": self.owner.signed(f"{parts[6]}/{md5}")})
+        md5 = base64.b64encode(bytes.fromhex(parts[2] if form == "V1" else parts[-2])).decode().replace("/", "_")
+        birth = "" if form == "V1" else parts[-3]
+        place = next((it for it in self.owner.blobs if it.endswith(f"/{md5}") and birth in ("", it.rpartition("/")[0])), None)
+        if place is None:
+            self.answer(404, b"")
+        elif self.owner.redirects:
+            self.answer(302, b"", {"Location": self.owner.signed(place)})
+        else:
+            self.send_blob(self.owner.blobs[place])
 
 
 class _Storage(_Handler):
@@ -827,17 +876,7 @@ class _Storage(_Handler):
         if data is None:
             self.answer(404, b"")
             return
-        etag = f'"{hashlib.sha1(data).hexdigest()}"'
-        headers = {"ETag": etag} if self.owner.etags else {}
-        if self.headers.get("If-Match", etag) != etag:
-            self.answer(412, b"")
-            return
-        match = re.fullmatch(r"bytes=([0-9]+)-([0-9]*)", self.headers.get("Range", ""))
-        if match and data:
-            start, end = int(match[1]), min(int(match[2] or len(data)), len(data) - 1)
-            self.answer(206, data[start : end + 1], {**headers, "Content-Range": f"bytes {start}-{end}/{len(data)}"})
-        else:
-            self.answer(200, data, headers)
+        self.send_blob(data)
 
 
 def running(page: int = 3) -> Iterator[WandbServer]:

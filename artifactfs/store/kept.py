@@ -64,11 +64,20 @@ _decode_root = msgspec.msgpack.Decoder(Dir).decode
 class KeptTrees:
     """The trees of the store at ``url``, in the directory ``root`` (None: in temporary files), of at most ``limit`` bytes."""
 
-    def __init__(self, root: Path | None, url: str, limit: int, entries: Callable[[str], Listed]) -> None:
+    def __init__(
+        self,
+        root: Path | None,
+        url: str,
+        limit: int,
+        entries: Callable[[str], Listed],
+        made: Callable[[str, Dir], None] = lambda identity, root: None,
+    ) -> None:
         """``entries`` lists the version that an identity names for ever; it is called when the version's tree is not kept, or not
-        any more. IntegrityError, when a directory is read, for entries that no directory can hold."""
+        any more. IntegrityError, when a directory is read, for entries that no directory can hold. ``made`` is told of each tree
+        that was made."""
         self.tree = Tree(self._load)
         self._entries = entries
+        self._made = made
         self._folder = root / "trees" if root is not None else None
         self._url = url
         self._limit = max(limit, _LEAST)
@@ -98,7 +107,9 @@ class KeptTrees:
                 result = self._making[identity] = Result()
         if first:
             try:
-                result.set(self._make(identity))
+                kept = self._make(identity)
+                self._made(identity, kept.root)
+                result.set(kept)
             except BaseException as error:
                 result.fail(error)
             with self._lock:

@@ -41,7 +41,7 @@ class ArtifactServer(abc.ABC):
         self.url = url
         self.offline = offline
         root: Path | None = cache.root if cache is not None else None
-        self.trees = KeptTrees(root, url, cache.limit // 4 if cache is not None else 0, self.list_files)
+        self.trees = KeptTrees(root, url, cache.limit // 4 if cache is not None else 0, self.list_files, self.check_list)
         self.records = Records(root, url) if root is not None else None
         self.tree = self.trees.tree
 
@@ -87,6 +87,9 @@ class ArtifactServer(abc.ABC):
     @abc.abstractmethod
     def list_files(self, identity: str) -> Listed:
         """The files and references of the version that ``identity`` names for ever, as :class:`KeptTrees` takes them."""
+
+    def check_list(self, identity: str, root: Dir) -> None:  # noqa: B027 - most servers tell nothing to compare it with
+        """Told of a version's files, as they are kept from now on."""
 
     @abc.abstractmethod
     def update_collection(self, name: ArtifactName, change: Callable[[Collection], Collection]) -> Collection: ...

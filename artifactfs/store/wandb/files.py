@@ -356,6 +356,9 @@ def lifetime(url: str) -> float:
 
 
 def _usable(left: float, life: float) -> float:
-    """What is left of a life but a margin. A clock that is wrong must not make fresh URLs useless: they are tried at least."""
+    """What is left of a life but a margin. Where a clock is wrong, what has just come must not seem useless: half a life."""
+    left = min(left, life) if life > 0 else left
+    if left <= 0:
+        return max(life / 2, 1.0)
     usable = left - min(_MARGIN, life / 5)
-    return usable if usable > 0 else 1.0
+    return usable if usable > 0 else left / 2

@@ -75,7 +75,9 @@ DIGEST_ALGORITHM = """query FetchArtifactDigestAlgorithm($entityName: String!, $
 
 CLIENT_ID = "query ClientIDMapping($clientID: ID!) { clientIDMapping(clientID: $clientID) { serverID } }"
 
-_WHOLE_RUN = f"projectId id name displayName state config group jobType createdAt heartbeatAt {_PROJECT}"
+_SOME = f"(first: 50) {{ {_PAGE} edges {{ node {{ id versionIndex artifactSequence {{ {_COLLECTION} }} }} }} }}"
+_WHOLE_RUN = f"""projectId id name displayName state config group jobType createdAt heartbeatAt {_PROJECT}
+outputArtifacts{_SOME} inputArtifacts{_SOME}"""
 USED_BY = f"query ArtifactUsedBy($id: ID!) {{ artifact(id: $id) {{ usedBy {{ edges {{ node {{ {_WHOLE_RUN} }} }} }} }} }}"
 RUN = f"""query Run($project: String!, $entity: String!, $name: String!) {{
   project(name: $project, entityName: $entity) {{ run(name: $name) {{ {_WHOLE_RUN} }} }} }}"""

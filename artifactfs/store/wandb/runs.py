@@ -56,7 +56,7 @@ class Runs:
         node = dig(self._server.ask(queries.RUN, entity=entity, project=project, name=id), "project", "run")
         if not isinstance(node, dict):
             raise NotFoundError(f"run {entity}/{project}/{id} does not exist in {self._server.url}")
-        return self._with_versions(run_of({"name": id, **node}, entity, project))
+        return self._with_versions({"name": id, **node}, entity, project)
 
     def runs(self, entity: str, project: str) -> list[Run]:
         """The runs of a project by creation time."""
@@ -73,11 +73,17 @@ class Runs:
         except NotFoundError:  # a project that is not there
             return []
         nodes = (dig(edge, "node") for edge in edges)
-        runs = [run_of(node, entity, project) for node in nodes if dig(node, "name")]
-        return sorted(map(self._with_versions, runs), key=lambda run: (run.created_at, run.id))
+        runs = [self._with_versions(node, entity, project) for node in nodes if dig(node, "name")]
+        return sorted(runs, key=lambda run: (run.created_at, run.id))
 
-    def _with_versions(self, run: Run) -> Run:
+    def _with_versions(self, node: Node, entity: str, project: str) -> Run:
+        """A run with what it logged and used: as far as that came with it, else asked for."""
+        run = run_of(node, entity, project)
+
         def names(document: str, field: str) -> list[str]:
+            some = dig(node, field)
+            if isinstance(some, dict) and not dig(some, "pageInfo", "hasNextPage"):
+                return _names_of((edge for edge in some.get("edges") or () if isinstance(edge, dict)), run.entity, run.project)
             where = {"entity": run.entity, "project": run.project, "run": run.id}
             edges = self._server.ask_pages(document, lambda data: dig(data, "project", "run", field), **where)
             return _names_of(edges, run.entity, run.project)
@@ -89,9 +95,8 @@ class Runs:
         """The runs that used a version, by id."""
         data = self._server.ask(queries.USED_BY, id=version.origin.commit)
         nodes = (dig(edge, "node") for edge in dig(data, "artifact", "usedBy", "edges") or ())
-        found = (run_of(node, version.entity, version.project) for node in nodes if dig(node, "name"))
-        runs = {run.path: run for run in found}
-        return sorted(map(self._with_versions, runs.values()), key=lambda run: run.id)
+        found = (self._with_versions(node, version.entity, version.project) for node in nodes if dig(node, "name"))
+        return sorted({run.path: run for run in found}.values(), key=lambda run: run.id)
 
     def mark_used(self, version: Version, run: Run) -> None:
         """Record that ``run``, which is there, used ``version``."""

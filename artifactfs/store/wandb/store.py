@@ -35,6 +35,7 @@ from artifactfs.errors import (
 from artifactfs.forking import new_lock
 from artifactfs.model import (
     MD5,
+    XXH128,
     Collection,
     Dir,
     EntitySettings,
@@ -82,6 +83,7 @@ class WandbStore(ArtifactServer):
         self._urls = FileUrls(client, self)
         self._lock = new_lock()
         self._homes: LRUCache[str, Home] = LRUCache(_HOMES)
+        self._digests: LRUCache[str, str] = LRUCache(_HOMES)
         self._answers: TTLCache[str, Any] = TTLCache(256, _REMEMBERED)
         self._runs = Runs(self)
 
@@ -263,6 +265,7 @@ class WandbStore(ArtifactServer):
         root = self.trees.lazy(id, size, max(files or 0, 0))
         with self._lock:
             # As it was looked up, not where it was logged: who may read a portfolio may have no right to the project behind it.
+            self._digests[id] = str(node.get("digest") or "")
             self._homes[id] = Home(name.entity, name.project, name.collection, f"v{number}")
         seconds = whole(node.get("ttlDurationSeconds"))
         fields: dict[str, Any] = {
@@ -295,6 +298,19 @@ class WandbStore(ArtifactServer):
         with manifest.new_file() as file:
             self._fetch_manifest(identity, file)
             yield from manifest.read(file, self.url, identity, f"version {identity}")
+
+    def check_list(self, identity: str, root: Dir) -> None:
+        """Say so if a version's files are not those of its digest. That alone is no proof of damage: a version that was logged in
+        parts has the digest of one of them. Each file has a checksum of its own."""
+        with self._lock:
+            digest = self._digests.get(identity, "")
+        if digest and all(self.tree.digest(root, algorithm) != digest for algorithm in (MD5, XXH128)):
+            log.warning(
+                "version %s of %s has a list of files that its digest (%s) is not of; it was logged in parts, or changed since",
+                identity,
+                self.url,
+                digest[:40],
+            )
 
     def _fetch_manifest(self, identity: str, file: IO[bytes]) -> None:
         failed: ArtifactFSError | None = None
