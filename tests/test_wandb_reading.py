@@ -928,3 +928,15 @@ def test_what_another_process_brought_is_compared_as_a_whole_too(server: WandbSe
     finally:
         for one in users:
             one.close()
+
+
+def test_a_body_that_waits_for_its_head_to_be_acknowledged(server: WandbServer, user: Make) -> None:
+    """This server sends them apart, and the system holds the second back: 40 ms for each file, were the first not acknowledged."""
+    server.page = 5000
+    server.log_version("ann/lab/bikes", SMALL)
+    reader = user()
+    paths = list(SMALL)[:60]
+    assert all(reader.read(path) for path in paths[:5])
+    began = time.monotonic()
+    assert [reader.read(path) for path in paths[5:]] == [SMALL[path] for path in paths[5:]]
+    assert time.monotonic() - began < 0.035 * 55
