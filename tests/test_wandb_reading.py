@@ -137,7 +137,7 @@ def only(what: Callable[[str], bool], status: int, headers: dict[str, str] | Non
 # Links that end
 
 
-@pytest.mark.parametrize("status", [400, 401, 403])
+@pytest.mark.parametrize("status", [400, 403])
 @pytest.mark.parametrize("order", ["sequence", "ranges"])
 def test_links_that_end_in_the_middle(server: WandbServer, user: Make, order: str, status: int) -> None:
     """Answers are cut in their middle, and nobody goes on with a link that was given out before: Google says 400 to that."""
@@ -264,9 +264,7 @@ KINDS: dict[str, Callable[[str], bool]] = {"storage": is_storage, "questions": l
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
-@pytest.mark.parametrize(
-    ("status", "wait", "times"), [(429, None, 1), (429, "1", 1), (503, None, 4), (503, "1", 1), (502, "0", 3), (500, None, 1)]
-)
+@pytest.mark.parametrize(("status", "wait", "times"), [(429, None, 1), (429, "1", 1), (503, None, 4), (502, "0", 3)])
 def test_a_busy_server_is_asked_again(
     server: WandbServer, user: Make, kind: str, status: int, wait: str | None, times: int
 ) -> None:
@@ -890,6 +888,7 @@ def _lists(path: Path) -> bool:
 
 
 @needs_fuse
+@pytest.mark.slow
 def test_commands_and_what_is_left_offline(server: WandbServer, tmp_path: Path) -> None:
     server.page = 50
     server.log_version("ann/lab/bikes", {"keep/a": b"1", "keep/b": LARGE, "other/c": b"3"})
@@ -928,3 +927,15 @@ def test_what_another_process_brought_is_compared_as_a_whole_too(server: WandbSe
     finally:
         for one in users:
             one.close()
+
+
+def test_a_body_that_waits_for_its_head_to_be_acknowledged(server: WandbServer, user: Make) -> None:
+    """This server sends them apart, and the system holds the second back: 40 ms a file, were the first not acknowledged."""
+    server.page = 5000
+    server.log_version("ann/lab/bikes", SMALL)
+    reader = user()
+    paths = list(SMALL)[:60]
+    assert all(reader.read(path) for path in paths[:5])
+    began = time.monotonic()
+    assert [reader.read(path) for path in paths[5:]] == [SMALL[path] for path in paths[5:]]
+    assert time.monotonic() - began < 0.035 * 55
