@@ -204,7 +204,7 @@ def busy(bucket):
 threads = [threading.Thread(target=busy, args=(bucket,), daemon=True) for bucket in buckets]
 for thread in threads:
     thread.start()
-for number in range(24):
+for number in range(12):
     child = os.fork()
     if not child:
         signal.alarm(30)

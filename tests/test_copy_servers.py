@@ -144,11 +144,11 @@ def place_of(servers: Callable[[str], Server], tmp_path: Path) -> Iterator[NewPl
 class Copying:
     """What a copy gave."""
 
-    def __init__(self, source: Place, target: Place, name: ArtifactName = NAME) -> None:
+    def __init__(self, source: Place, target: Place, name: ArtifactName = NAME, **options: bool) -> None:
         self.warned: list[str] = []
         self.last = Progress()
         self.copied: list[Copied] = copying.copy(
-            source.store, target.store, name, self._report, cache=source.cache, warn=self.warned.append
+            source.store, target.store, name, self._report, cache=source.cache, warn=self.warned.append, **options
         )
 
     def _report(self, done: Progress) -> None:
@@ -529,8 +529,9 @@ def test_damage_in_a_native_store(place_of: NewPlace, other: str, size: int) -> 
     assert target.store.newest(NAME) is None
 
 
-def test_a_list_of_files_that_is_not_the_one_that_was_logged(place_of: NewPlace) -> None:
-    source, target = place_of("wandb"), place_of("native")
+@pytest.mark.parametrize("other", ["native", "wandb", "comet"])
+def test_a_list_of_files_that_is_not_the_one_that_was_logged(place_of: NewPlace, other: str) -> None:
+    source, target = place_of("wandb"), place_of(other)
 
     def change(manifest: Any) -> None:
         del manifest["contents"]["b"]
@@ -540,6 +541,13 @@ def test_a_list_of_files_that_is_not_the_one_that_was_logged(place_of: NewPlace)
     with pytest.raises(IntegrityError, match="its list of files another one"):
         Copying(source, target)
     assert target.store.newest(NAME) is None
+
+    copying = Copying(source, target, new_digests=True)
+    assert copying.created == [True]
+    assert any(f"the digest {logged.digest}, which is not that of its list of files" in line for line in copying.warned)
+    if other != "comet":
+        assert copying.copied[0].version.digest == digest_of({"a": {"digest": b64md5(b"1")}})
+    assert Copying(source, target, new_digests=True).created == [False]
 
 
 def test_a_server_that_loses_a_file_of_the_list(place_of: NewPlace, monkeypatch: pytest.MonkeyPatch) -> None:

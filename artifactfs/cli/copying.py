@@ -18,8 +18,13 @@ from artifactfs.store.urls import open_store
 @command("copy")
 @click.argument("name")
 @click.option("--to", "target", required=True, metavar="URL", help="The store to copy into: a path or URL, as for --store.")
+@click.option(
+    "--new-digests",
+    is_flag=True,
+    help="Copy W&B versions whose digest does not follow from their files, as of those logged in parts, under one that does.",
+)
 @pass_session
-def copy_command(session: Session, name: str, target: str) -> None:
+def copy_command(session: Session, name: str, target: str, new_digests: bool) -> None:
     """Copy the version NAME, or without an alias all versions of a collection, into another store; print their names there.
 
     Each store may be a directory, a bucket, a W&B server or a Comet server. Digests stay the same as far as the other store can
@@ -35,7 +40,7 @@ def copy_command(session: Session, name: str, target: str) -> None:
         into = open_store(session.located(target), cache)
         count = Counted(report)
         notes = session.settings.state_dir / "arrived"
-        copied = copying.copy(source, into, parsed, count, cache=cache, notes=notes, warn=session.warn)
+        copied = copying.copy(source, into, parsed, count, cache=cache, notes=notes, warn=session.warn, new_digests=new_digests)
         documents = [{**describe_version(into, version), "created": created} for version, created in copied]
     made = sum(result.created for result in copied)
     session.note(

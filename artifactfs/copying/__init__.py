@@ -58,6 +58,7 @@ def copy(
     cache: BlockCache | None = None,
     notes: Path | None = None,
     warn: Callable[[str], None] = log.warning,
+    new_digests: bool = False,
 ) -> list[Copied]:
     """Copy the version that ``name``'s alias names, or all versions of the collection where it has none, in order.
 
@@ -67,14 +68,15 @@ def copy(
     versions that it links. What the target cannot hold, ``warn`` is told, in a line for each version.
 
     ``cache`` keeps what is read of a remote source, and ``notes`` (see ``Draft``) what was sent, for an attempt after this one.
-    NotFoundError for what is not in ``source``; UsageError for another type of the target's collection, and for one and the same
+    ``new_digests``: a W&B version whose digest does not follow from its list of files, as of one that was logged in parts, is
+    copied under the digest that does, and ``warn`` is told. NotFoundError for what is not in ``source``; UsageError for another type of the target's collection, and for one and the same
     store; IntegrityError for what is not what was recorded: it is not copied.
     """
     if source.url == target.url:
         raise UsageError(f"{target.url} is the store that {name.path} is copied from; name another one with --to")
     versions = [source.version(name)] if name.alias else source.versions(name)
     with closing(Reader(source, cache)) as reader:
-        return _Job(source, target, reader, notes, warn, _Totals(report)).copy_collection(name.at(""), versions)
+        return _Job(source, target, reader, notes, warn, _Totals(report), new_digests).copy_collection(name.at(""), versions)
 
 
 class _Totals:
@@ -107,7 +109,14 @@ class _Job:
     """One copy."""
 
     def __init__(
-        self, source: Store, target: Store, reader: Reader, notes: Path | None, warn: Callable[[str], None], totals: _Totals
+        self,
+        source: Store,
+        target: Store,
+        reader: Reader,
+        notes: Path | None,
+        warn: Callable[[str], None],
+        totals: _Totals,
+        new_digests: bool,
     ) -> None:
         self._source = source
         self._target = target
@@ -115,6 +124,7 @@ class _Job:
         self._notes = notes
         self._warn = warn
         self._totals = totals
+        self._new_digests = new_digests
         self._portfolios: dict[str, Collection] = {}
 
     def copy_collection(self, name: ArtifactName, versions: Sequence[Version]) -> list[Copied]:
@@ -167,7 +177,8 @@ class _Job:
             return copy_stored(source, target, version, identity(source, version), progress, self._totals.told)
         run = carry_creator(target, source, version, left)
         aliases = [alias for alias, number in theirs.aliases.items() if number == version.number]
-        return copy_streamed(source, target, self._reader, version, run, older, aliases, left, self._notes, self._totals.told)
+        report, new = self._totals.told, self._new_digests
+        return copy_streamed(source, target, self._reader, version, run, older, aliases, left, self._notes, report, new)
 
     def _tell(self, what: str, left: LeftOut) -> None:
         said = left.said()

@@ -86,14 +86,15 @@ def copy_streamed(
     left: LeftOut,
     notes: Path | None,
     report: Report | None,
+    new_digests: bool = False,
 ) -> Published:
     """``version`` of ``source`` in ``target``, logged by ``run`` there. What ``target`` cannot hold goes to ``left``.
 
-    ``aliases`` are those of the version; ``older`` saves reading what that one has, too. IntegrityError for what is not what
-    ``source`` says of it, and for what the target then says of the copy.
+    ``aliases`` are those of the version; ``older`` saves reading what that one has, too; ``new_digests`` as for ``copy``.
+    IntegrityError for what is not what ``source`` says of it, and for what the target then says of the copy.
     """
     root = root_of(source, version)
-    algorithm, pure = _check_listing(source, version, root)
+    algorithm, digest, pure = _check_listing(source, version, root, left if new_digests else None)
     server = target if isinstance(target, ArtifactServer) else None
     if server is not None and server.semantic:
         older = None  # Comet would have to be sent what it has, from itself
@@ -113,7 +114,7 @@ def copy_streamed(
         metadata=version.metadata,
         tags=valid_tags(version.tags, left),
         run=run,
-        expect_digest=version.digest if _keeps_digest(server, algorithm, pure) else "",
+        expect_digest=digest if _keeps_digest(server, algorithm, pure) else "",
         number=version.number if version.number <= _HIGHEST else 0,
         retry=server is not None,  # an attempt before this one may have begun it
         always=True,  # it is a version there, and must be one here: with what the next one differs in
@@ -134,21 +135,25 @@ def _keeps_digest(server: ArtifactServer | None, algorithm: str, pure: bool) -> 
     return algorithm != BLAKE3 and (server is None or (server.files_only and pure))
 
 
-def _check_listing(source: Store, version: Version, root: Dir) -> tuple[str, bool]:
-    """(the algorithm of the version's digest; whether all files have theirs by it). IntegrityError if the digest is not what
-    W&B's formula gives, where it should be: then the list of files is not the one that was logged."""
+def _check_listing(source: Store, version: Version, root: Dir, left: LeftOut | None) -> tuple[str, str, bool]:
+    """(the algorithm of the version's digest; the digest, "" if it has none that follows from its files; whether all files have
+    theirs by that algorithm). If W&B's formula gives another digest, then the version was logged in parts, or its list of files
+    is not the one that was logged: that goes to ``left``, or is an IntegrityError where there is none."""
     if version.algorithm == BLAKE3:
-        return BLAKE3, True
+        return BLAKE3, version.digest, True
     used = {it.algorithm for it in _leaves(source, root) if isinstance(it, File)}
     for algorithm in (MD5, XXH128) if version.digest else ():
         found = manifest_digest(((path, entry.digest) for path, entry in source.tree.listing(root)), algorithm)
         if found == version.digest:
-            return algorithm, used <= {algorithm}
+            return algorithm, found, used <= {algorithm}
     if not version.digest:
-        return version.algorithm, False
+        return version.algorithm, "", False
+    if left is not None:
+        left.name(f"the digest {version.digest}, which is not that of its list of files")
+        return version.algorithm, "", False
     raise IntegrityError(
-        f"{version.qualified_name} has the digest {version.digest} in {source.url}, and its list of files another one; it is not "
-        "copied: download it with `artifactfs get`, look at it, and log it again"
+        f"{version.qualified_name} has the digest {version.digest} in {source.url}, and its list of files another one: it was "
+        "logged in parts, or files were lost there; look at it, then copy it under the digest of what it has: copy --new-digests"
     )
 
 
