@@ -69,8 +69,9 @@ def copy(
 
     ``cache`` keeps what is read of a remote source, and ``notes`` (see ``Draft``) what was sent, for an attempt after this one.
     ``new_digests``: a W&B version whose digest does not follow from its list of files, as of one that was logged in parts, is
-    copied under the digest that does, and ``warn`` is told. NotFoundError for what is not in ``source``; UsageError for another type of the target's collection, and for one and the same
-    store; IntegrityError for what is not what was recorded: it is not copied.
+    copied under the digest that does, and ``warn`` is told. NotFoundError for what is not in ``source``; UsageError for another
+    type of the target's collection, and for one and the same store; IntegrityError for what is not what was recorded: it is not
+    copied.
     """
     if source.url == target.url:
         raise UsageError(f"{target.url} is the store that {name.path} is copied from; name another one with --to")

@@ -334,7 +334,7 @@ def test_large_requests_do_not_stop_the_others(served: Served) -> None:
         connection.close()
         worst = max(worst, time.monotonic() - begun)
     thread.join()
-    assert worst < 3
+    assert worst < 8
 
 
 def test_many_connections_at_once(tmp_path: Path) -> None:

@@ -204,7 +204,7 @@ def test_stopped_while_a_client_stalls(tmp_path: Path) -> None:
             begun = time.monotonic()
             server.process.send_signal(signal.SIGTERM)
             assert server.process.wait(20) == 0
-            assert 0.9 < time.monotonic() - begun < 8
+            assert 0.9 < time.monotonic() - begun < 15
             assert b"200 OK" not in whole(stalled)
         assert not server.tracebacks()
         key = server.key
@@ -226,7 +226,7 @@ def test_stopped_in_the_middle_of_a_long_commit(tmp_path: Path) -> None:
             begun = time.monotonic()
             server.process.send_signal(signal.SIGTERM)
             assert server.process.wait(20) == 0
-            assert time.monotonic() - begun < 4
+            assert time.monotonic() - begun < 15
             with pytest.raises(requests.RequestException):
                 committing.result()
         assert not server.tracebacks()

@@ -458,7 +458,7 @@ def test_large_documents(served: Served) -> None:
     ):
         begun = time.monotonic()
         assert "errors" in served.graphql(query), query[:60]
-        assert time.monotonic() - begun < 5
+        assert time.monotonic() - begun < 20
     for query in ("subscription { x }", "type A { b: Int }", "query { ...nothing }", "mutation { dropEverything { ok } }"):
         assert "errors" in served.graphql(query)
     # What a query asks for beyond the schema is left out; a type that is not ours is plain JSON.
@@ -533,7 +533,7 @@ def test_slow_clients(tmp_path: Path) -> None:
         with socket.create_connection(("127.0.0.1", served.port), timeout=10) as stalled:
             stalled.sendall(f"PUT {url} HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nxx".encode())
             assert stalled.recv(4096).startswith(b"HTTP/1.1 408")
-        assert time.monotonic() - begun < 15
+        assert time.monotonic() - begun < 40
         assert served.graphql("{ viewer { id } }")["data"]
 
 
