@@ -289,8 +289,8 @@ class _Handler(BaseHTTPRequestHandler):
         step = 1 if faults.drip else _PIECE
         for offset in range(0, stop, step):
             piece = payload[offset : min(offset + step, stop)]
+            owner.sent(len(piece))  # before who receives it can look
             self._write(piece)
-            owner.sent(len(piece))
             if faults.drip and owner.wait_released(faults.drip):
                 break
         if stall < len(payload):

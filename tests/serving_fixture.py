@@ -183,6 +183,7 @@ import wandb
 for line in sys.stdin:
     asked = json.loads(line)
     os.chdir(asked["folder"])
+    os.environ["WANDB_CACHE_DIR"] = os.path.join(asked["folder"], "cache")  # each downloads for itself
     shown = {}
     try:
         exec(compile(asked["code"], "<client>", "exec"), {"shown": shown, **asked["names"]})

@@ -211,7 +211,7 @@ def _list_level(session: Session, rows: list[dict[str, Any]]) -> None:
     if rows and rows[0]["kind"] in ("collection", "portfolio"):
         columns += [
             Column("TYPE", lambda row: row["type"]),
-            Column("LATEST", lambda row: row["latest"] or "none"),
+            Column("LATEST", lambda row: row["latest"] or ""),
             Column("UPDATED", lambda row: output.moment(row["updated_at"])),
         ]
     session.rows(rows, columns)

@@ -394,8 +394,9 @@ class State:
 
     def write_checksums(self) -> None:
         """Write the MD5s that were noted since the last time."""
-        with self._transaction() as database:
-            database.executemany("INSERT OR IGNORE INTO checksums VALUES (?, ?)", list(self._fresh.items()))
+        with self._lock:
+            with self._transaction() as database:
+                database.executemany("INSERT OR IGNORE INTO checksums VALUES (?, ?)", list(self._fresh.items()))
             self._fresh.clear()
 
     # Projects and runs: what a store has no place for
