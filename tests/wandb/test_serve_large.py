@@ -14,7 +14,7 @@ import requests
 from serving_fixture import ClientProcess, WandbServer
 from test_serve_operation import Uploader
 
-COUNT = 1_000_000 if "ARTIFACTFS_LONG_TESTS" in os.environ else 40_000
+COUNT = 1_000_000 if "ARTIFACTFS_LONG_TESTS" in os.environ else 20_000
 MOST = 300 << 10
 """KiB that the server may have taken at most, for any number of entries."""
 
