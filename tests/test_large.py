@@ -230,7 +230,7 @@ def test_a_file_that_was_appended_to_many_times_needs_few_descriptors(store: Nat
         assert content.read(0, len(data)) == data
     assert len(os.listdir("/proc/self/fd")) - before <= 16
     content.close()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before  # fewer where what earlier tests left is closed meanwhile
 
 
 def test_a_file_beyond_all_bounds_is_refused_before_it_is_read(store: NativeStore) -> None:
