@@ -6,12 +6,14 @@ import base64
 import contextlib
 import hashlib
 import json
+import logging
 import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import requests
 
 from artifactfs.serve import server
@@ -19,6 +21,14 @@ from artifactfs.serve.keys import KeyFile
 from artifactfs.serve.service import Options, Service
 from artifactfs.serve.state import State
 from artifactfs.store.urls import open_store
+
+
+@pytest.fixture(autouse=True)
+def no_fault(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """The server logs no fault of its own, whatever it is sent. For the modules that import this."""
+    yield
+    faults = [record for record in caplog.get_records("call") if record.exc_info or record.levelno >= logging.ERROR]
+    assert not faults, [record.getMessage() for record in faults]
 
 
 class Served:

@@ -20,7 +20,20 @@ import pytest
 import requests
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from served import BY_ID, COMMIT, CREATE, FILES, MANIFEST, NAMED, Served, digest_of, manifest_of, md5_of, upload_of
+from served import (
+    BY_ID,
+    COMMIT,
+    CREATE,
+    FILES,
+    MANIFEST,
+    NAMED,
+    Served,
+    digest_of,
+    manifest_of,
+    md5_of,
+    no_fault,  # noqa: F401 - a fixture for all
+    upload_of,
+)
 
 from artifactfs.model import File
 from artifactfs.names import ArtifactName
@@ -34,14 +47,6 @@ from artifactfs.serve.state import KEEP_PENDING, State
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     with Served(tmp_path_factory.mktemp("served")).running() as running:
         yield running
-
-
-@pytest.fixture(autouse=True)
-def no_fault(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """The server logs no fault of its own, whatever it is sent."""
-    yield
-    faults = [record for record in caplog.get_records("call") if record.exc_info or record.levelno >= logging.ERROR]
-    assert not faults, [record.getMessage() for record in faults]
 
 
 # --- keys -----------------------------------------------------------------------------------------
